@@ -1,0 +1,433 @@
+"""Pictures in, pictures out: everything between PIL, NumPy or torch pictures and the tensors of the pipeline.
+
+Nothing here knows of files; `image_files.open_image` turns a path into a picture.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from os import PathLike
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+Picture: TypeAlias = Image.Image | NDArray[Any] | torch.Tensor
+Pictures: TypeAlias = Picture | Sequence[Picture]
+
+CHANNELS = (1, 3, 4)  # grey, RGB and RGBA
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+# The value that means white, by dtype. Other integers are refused: nothing says where their white is.
+FULL_SCALE = {"bool": 1.0, "uint8": 255.0, "uint16": 65535.0}
+TOLERANCE = 1e-6  # rounding of the caller's own arithmetic around 0 and 1
+
+# Eleven RGB colours at equal distances in Oklab, from indigo over magenta and orange to yellow. The lightness
+# rises evenly from 0.28 to 0.95, so the order of the colours survives colour blindness and a grey printer.
+COLOUR_SCALE = "1c0679 45098d 6d1492 95218c bb2f7f dc436b f75e51 fc874b fdae5a fdd270 fef46c"
+CONTOUR_COLOUR = (0, 229, 255)  # not a colour of the scale, and rare on surfaces
+PANEL_SIDES = (256, 512)  # the longest side of a picture in a panel
+PANEL_INK = (32, 32, 32)
+
+
+class DiffusionADImageProcessor:
+    """Prepares pictures for the pipeline, converts its tensors back and draws anomaly maps.
+
+    Args:
+        background: RGB colour, 0 to 255, that transparent pixels are composited on.
+        min_side: pictures with a side of fewer pixels are refused.
+        max_aspect_ratio: pictures whose longer side is more than this many times the shorter are refused.
+    """
+
+    def __init__(
+        self,
+        *,
+        background: tuple[int, int, int] = (255, 255, 255),
+        min_side: int = 8,
+        max_aspect_ratio: float = 32.0,
+    ):
+        self.background = background
+        self.min_side = min_side
+        self.max_aspect_ratio = max_aspect_ratio
+
+    def preprocess(
+        self, images: Pictures, height: int, width: int
+    ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """Turn pictures of any kind and size into one batch.
+
+        Args:
+            images: one picture, or a list of pictures that may differ in kind and size. A PIL image of any
+                common mode; a NumPy array `[H, W]`, `[H, W, 1|3|4]` or `[B, H, W, 1|3|4]`; a tensor `[H, W]`,
+                `[1|3|4, H, W]` or `[B, 1|3|4, H, W]`. Arrays and tensors are bool, uint8, uint16, or floats in
+                [0, 1].
+            height: height of the batch in pixels.
+            width: width of the batch in pixels.
+
+        Returns:
+            The batch, float32 RGB `[B, 3, height, width]` in [0, 1] on the CPU, and the size (height, width)
+            of each picture after its EXIF orientation was applied.
+
+        Raises:
+            TypeError: for something that is not a picture, such as a path.
+            ValueError: for a picture whose shape, size or values cannot be used; says which one and the cure.
+        """
+        pictures = self._to_tensors(images)
+        sizes = [_size(picture) for picture in pictures]
+        batch = torch.stack([_resize(picture, (height, width)) for picture in pictures])
+        return batch.clamp(0, 1), sizes
+
+    def postprocess(
+        self, tensor: torch.Tensor, output_type: str, sizes: Sequence[tuple[int, int]] | None = None
+    ) -> torch.Tensor | NDArray[Any] | list[torch.Tensor] | list[NDArray[Any]] | list[Image.Image]:
+        """Turn a batch of the pipeline into pictures or maps of the caller's kind and sizes.
+
+        Args:
+            tensor: floats `[B, 1|3, H, W]` on any device; clamped to [0, 1].
+            output_type: `"pil"`, `"np"` or `"pt"`.
+            sizes: the size (height, width) of each result; by default that of the batch.
+
+        Returns:
+            `"pil"`: a list of PIL images, mode L or RGB. `"np"`: float32 `[B, h, w, C]`. `"pt"`: float32
+            `[B, C, h, w]` on the CPU. Where the sizes differ, the last two are lists without the B.
+
+        Raises:
+            ValueError: for another `output_type`, a tensor of another shape, or a wrong number of sizes.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, not {output_type!r}")
+        if tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
+            raise ValueError(f"the tensor must be [B, 1, H, W] or [B, 3, H, W], not {list(tensor.shape)}")
+        sizes = [_size(tensor)] * len(tensor) if sizes is None else sizes
+        # Clamped first: a cast of -0.1 to uint8 would wrap round to 231.
+        pictures = [picture.clamp(0, 1) for picture in self.resize_to(tensor, sizes)]
+        if output_type == "pil":
+            return [_to_pil(picture) for picture in pictures]
+        same_size = len({picture.shape for picture in pictures}) == 1
+        if output_type == "pt":
+            return torch.stack(pictures) if same_size else pictures
+        arrays = [picture.permute(1, 2, 0).contiguous().numpy() for picture in pictures]
+        return np.stack(arrays) if same_size else arrays
+
+    def resize_to(self, tensor: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """Resize each item of a batch to a size of its own, with antialiasing where it shrinks.
+
+        Args:
+            tensor: floats `[B, C, H, W]` on any device.
+            sizes: B sizes (height, width).
+
+        Returns:
+            B tensors `[C, h, w]`, float32 on the CPU. Items that have their size already are not copied.
+
+        Raises:
+            ValueError: if there is not one size for each item.
+        """
+        if len(sizes) != len(tensor):
+            raise ValueError(f"{len(sizes)} sizes for {len(tensor)} pictures; give one size for each")
+        items = tensor.detach().to("cpu", torch.float32)
+        shrinks = [height < tensor.shape[-2] or width < tensor.shape[-1] for height, width in sizes]
+        return [_resize(*item) for item in zip(items, sizes, shrinks, strict=True)]
+
+    def visualize_anomaly_map(
+        self,
+        image: Picture,
+        anomaly_map: Picture,
+        mask: Picture | None = None,
+        *,
+        opacity: float = 0.5,
+        vmin: float = 0.0,
+        vmax: float = 1.0,
+    ) -> Image.Image:
+        """Blend an anomaly map over its picture, on a fixed colour scale, with the contours of a mask.
+
+        Args:
+            image: one picture, as for [`preprocess`].
+            anomaly_map: map in [0, 1] of the picture's size: PIL L or F, an array `[h, w]` or `[h, w, 1]`, or
+                a tensor `[h, w]` or `[1, h, w]`.
+            mask: mask of the same size and kinds, not zero where anomalous.
+            opacity: weight of the colours in [0, 1] where the map reaches `vmax`; it falls to 0 at `vmin`.
+            vmin: value of the scale's first colour; the picture stays as it is there and below.
+            vmax: value of the scale's last colour.
+
+        Returns:
+            An RGB image of the picture's size.
+
+        Raises:
+            TypeError: for something that is not a picture.
+            ValueError: if sizes disagree, values are out of range, or the scale is empty.
+        """
+        if not 0 <= opacity <= 1:
+            raise ValueError(f"opacity must be in [0, 1], not {opacity}")
+        picture = self._to_tensor(image)  # [3, h, w]
+        level = _read_map(anomaly_map, _size(picture))  # [h, w]
+        drawn = _overlay(picture, level, opacity, vmin, vmax)
+        return _to_pil(drawn if mask is None else _draw_contours(drawn, _read_mask(mask, _size(picture))))
+
+    def visualize_mask(self, image: Picture, mask: Picture) -> Image.Image:
+        """Draw the contours of a mask on its picture.
+
+        Args:
+            image: one picture, as for [`preprocess`].
+            mask: mask of the picture's size, not zero where anomalous.
+
+        Returns:
+            An RGB image of the picture's size.
+
+        Raises:
+            TypeError: for something that is not a picture.
+            ValueError: if the sizes disagree.
+        """
+        picture = self._to_tensor(image)  # [3, h, w]
+        return _to_pil(_draw_contours(picture, _read_mask(mask, _size(picture))))
+
+    def panel(
+        self,
+        image: Picture,
+        reconstruction: Picture,
+        anomaly_map: Picture,
+        mask: Picture | None = None,
+        *,
+        title: str | None = None,
+        vmin: float = 0.0,
+        vmax: float = 1.0,
+    ) -> Image.Image:
+        """Lay out picture, reconstruction and anomaly map side by side, with captions and the colour scale.
+
+        Args:
+            image: one picture, as for [`preprocess`].
+            reconstruction: its anomaly-free reconstruction, of any size.
+            anomaly_map: map in [0, 1] of the picture's size.
+            mask: mask of the picture's size, not zero where anomalous.
+            title: one line above; shortened where it is too long.
+            vmin: value of the scale's first colour.
+            vmax: value of the scale's last colour.
+
+        Returns:
+            An RGB image; each picture's longest side has 256 to 512 pixels in it.
+
+        Raises:
+            TypeError: for something that is not a picture.
+            ValueError: as for [`visualize_anomaly_map`].
+        """
+        picture = self._to_tensor(image)  # [3, h, w]
+        level = _read_map(anomaly_map, _size(picture))  # [h, w]
+        scale = min(max(max(_size(picture)), PANEL_SIDES[0]), PANEL_SIDES[1]) / max(_size(picture))
+        height, width = size = round(picture.shape[1] * scale), round(picture.shape[2] * scale)
+        shown = _resize(picture, size)
+        # Stronger colours than by default: the bare picture stands beside them.
+        drawn = _overlay(shown, _resize(level[None], size)[0], 0.75, vmin, vmax)
+        if mask is not None:
+            # A maximum, so that a small region does not vanish when the picture is shrunk.
+            region = F.adaptive_max_pool2d(_read_mask(mask, _size(picture)).float()[None], size)[0].bool()
+            drawn = _draw_contours(drawn, region)
+        rebuilt = _resize(self._to_tensor(reconstruction), size)
+        columns = {"picture": shown, "reconstruction": rebuilt, "anomaly map": drawn}
+
+        text_size = max(13, max(size) // 30)
+        font, title_font = ImageFont.load_default(text_size), ImageFont.load_default(round(text_size * 1.25))
+        line, gap, margin = round(text_size * 1.7), 6, 16
+        column = max(width, *(round(font.getlength(caption)) for caption in columns))
+        row = max(height, 5 * text_size)  # beside a strip of a picture there is still room for the legend
+        top = margin + line + (round(line * 1.3) if title else 0)
+        right = margin + 3 * (column + gap) + gap
+        ends = (f"{vmax:.3g}", top, "lt"), (f"{vmin:.3g}", top + row, "lb")
+        full_width = right + text_size + gap + max(round(font.getlength(end)) for end, *_ in ends) + margin
+        canvas = Image.new("RGB", (full_width, top + row + margin), (255, 255, 255))
+        draw = ImageDraw.Draw(canvas)
+        if title:
+            title = " ".join(title.split())  # one line
+            while title_font.getlength(title) > full_width - 2 * margin:
+                title = title[:-4] + "..."
+            draw.text((margin, margin), title, PANEL_INK, title_font)
+        for index, (caption, tensor) in enumerate(columns.items()):
+            left = margin + index * (column + gap)
+            draw.text((left + column / 2, top - gap), caption, PANEL_INK, font, anchor="md")
+            canvas.paste(_to_pil(tensor), (left + (column - width) // 2, top + (row - height) // 2))
+        bar = _colourize(torch.linspace(1, 0, row)[:, None].expand(row, text_size))  # [3, row, text_size]
+        canvas.paste(_to_pil(bar), (right, top))
+        for end, y, anchor in ends:
+            draw.text((right + text_size + gap, y), end, PANEL_INK, font, anchor=anchor)
+        return canvas
+
+    def _to_tensors(self, images: Pictures) -> list[torch.Tensor]:
+        items: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
+        pictures: list[Picture] = []
+        for item in items:
+            batched = isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 4
+            pictures.extend(item if batched else [item])
+        if not pictures:
+            raise ValueError("there are no pictures; give at least one")
+        if len(pictures) == 1:
+            return [self._to_tensor(pictures[0])]
+        tensors = []
+        for index, picture in enumerate(pictures):
+            try:
+                tensors.append(self._to_tensor(picture))
+            except (TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"picture {index}: {error}") from error
+        return tensors
+
+    def _to_tensor(self, picture: Picture) -> torch.Tensor:
+        """Turn one picture into float32 RGB `[3, h, w]` in [0, 1] on the CPU."""
+        array = _check_type(_read_pil(picture) if isinstance(picture, Image.Image) else picture)
+        channels_last = isinstance(array, np.ndarray)
+        if array.ndim == 2:
+            array = array[..., None] if channels_last else array[None]
+        _check_layout(array)
+        height, width = array.shape[:2] if channels_last else array.shape[1:]
+        if min(height, width) < self.min_side:
+            raise ValueError(f"{height} x {width} pixels; crop it with sides of at least {self.min_side}")
+        if max(height, width) > self.max_aspect_ratio * min(height, width):
+            ratio = f"{self.max_aspect_ratio:g}"
+            raise ValueError(f"{height} x {width} pixels; crop it to an aspect ratio of at most {ratio}")
+        values = _to_unit_range(array)
+        values = values.permute(2, 0, 1) if channels_last else values  # [1|3|4, h, w]
+        if len(values) == 4:
+            background = torch.tensor(self.background).div(255)[:, None, None]
+            values = values[:3] * values[3:] + background * (1 - values[3:])
+        return values.expand(3, -1, -1).contiguous()
+
+
+def _check_type(picture: Any) -> NDArray[Any] | torch.Tensor:
+    if isinstance(picture, np.ndarray | torch.Tensor):
+        return picture
+    if isinstance(picture, str | PathLike):
+        raise TypeError(f"{str(picture)!r} is a path; open it with diffusionad_pipe.open_image(path) first")
+    kind = type(picture).__name__
+    raise TypeError(f"a picture must be a PIL image, a NumPy array or a torch tensor, not {kind}")
+
+
+def _read_pil(image: Image.Image) -> NDArray[Any]:
+    """Decode and orient a PIL image: `[h, w]` or `[h, w, 3|4]`, uint8, uint16 or float."""
+    try:
+        # The further images of an MPO, the JPEG of many phones, are previews and depths of the first one.
+        frames = getattr(image, "is_animated", False) and image.format != "MPO"
+        image.load()
+    except Exception as error:  # damaged files fail in many ways in the depths of the decoders
+        raise ValueError(f"the picture cannot be decoded ({error}); copy or save it again") from error
+    if frames:
+        raise ValueError("the image has several frames; choose one by image.seek(0) and image.copy()")
+    with suppress(Exception):  # a malformed EXIF block, which fails in many ways, holds no orientation
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I;16"):
+        return np.asarray(image)
+    if image.mode == "I":
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("values of PIL mode I must be 16-bit, 0 to 65535; scale them to that range")
+        return values.astype(np.uint16)
+    if image.mode in ("La", "LA", "PA", "RGBA", "RGBa"):
+        image = image.convert("LA") if image.mode == "La" else image  # La converts to nothing else
+        return np.asarray(image.convert("RGBA"))
+    if image.mode in ("1", "L", "P", "RGB"):
+        return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+    if image.mode in ("CMYK", "HSV", "LAB", "RGBX", "YCbCr"):
+        return np.asarray(image.convert("RGB"))
+    raise ValueError(f"PIL mode {image.mode} is not supported; convert it to RGB")
+
+
+def _check_layout(array: NDArray[Any] | torch.Tensor) -> None:
+    shape = tuple(array.shape)
+    if isinstance(array, np.ndarray):
+        kind, order, own, other, cure = "array", "[H, W, C]", -1, 0, "array.transpose(1, 2, 0)"
+    else:
+        kind, order, own, other, cure = "tensor", "[C, H, W]", 0, -1, "tensor.permute(2, 0, 1)"
+    if len(shape) != 3 or (shape[own] not in CHANNELS and shape[other] not in CHANNELS):
+        raise ValueError(f"{kind} of shape {shape}; make it [H, W] or {order} with C = 1, 3 or 4")
+    if shape[own] not in CHANNELS:
+        raise ValueError(f"{kind} of shape {shape} has its channels elsewhere; make it {order} by {cure}")
+
+
+def _to_unit_range(array: NDArray[Any] | torch.Tensor) -> torch.Tensor:
+    """Scale integers by their dtype and check floats: float32 of the same shape in [0, 1] on the CPU."""
+    if isinstance(array, np.ndarray):
+        name, floating = array.dtype.name, np.issubdtype(array.dtype, np.floating)
+        if floating or name in FULL_SCALE:
+            array = torch.from_numpy(array.astype(np.float32, order="C"))
+    else:
+        name, floating = str(array.dtype).removeprefix("torch."), array.is_floating_point()
+    if not floating and name not in FULL_SCALE:
+        raise ValueError(f"the range of {name} is not known; pass uint8, uint16 or floats in [0, 1]")
+    values: torch.Tensor = torch.as_tensor(array).detach().to("cpu", torch.float32)
+    if not floating:
+        return values / FULL_SCALE[name]
+    if not values.isfinite().all():
+        raise ValueError("the values include NaN or infinity; replace them first")
+    low, high = values.min().item(), values.max().item()
+    if -TOLERANCE <= low and high <= 1 + TOLERANCE:
+        return values.clamp(0, 1)
+    found = f"float values must be in [0, 1], not {low:.3g} to {high:.3g}"
+    if low < 0:
+        raise ValueError(f"{found}; map [-1, 1] by x / 2 + 0.5")
+    if high < 2:
+        raise ValueError(f"{found}; clip them")
+    raise ValueError(f"{found}; divide 0..255 by 255 or pass uint8")
+
+
+def _read_plane(values: Picture, name: str, size: tuple[int, int]) -> NDArray[Any] | torch.Tensor:
+    # Palette masks are read as indices: their colours say nothing.
+    array = _check_type(np.asarray(values) if isinstance(values, Image.Image) else values)
+    shape = tuple(array.shape)
+    if shape not in (size, (*size, 1) if isinstance(array, np.ndarray) else (1, *size)):
+        raise ValueError(f"the {name} has shape {shape} but the picture {size}; resize it to that")
+    return array.reshape(size)
+
+
+def _read_map(anomaly_map: Picture, size: tuple[int, int]) -> torch.Tensor:
+    """Turn a map into float32 `[h, w]` in [0, 1] on the CPU."""
+    plane = _read_plane(anomaly_map, "anomaly map", size)
+    try:
+        return _to_unit_range(plane)
+    except ValueError as error:
+        raise ValueError(f"anomaly map: {error}") from error
+
+
+def _read_mask(mask: Picture, size: tuple[int, int]) -> torch.Tensor:
+    """Turn a mask into bool `[h, w]` on the CPU."""
+    return torch.as_tensor(_read_plane(mask, "mask", size) != 0).cpu()
+
+
+def _size(picture: torch.Tensor) -> tuple[int, int]:
+    return picture.shape[-2], picture.shape[-1]
+
+
+def _resize(picture: torch.Tensor, size: tuple[int, int], antialias: bool = True) -> torch.Tensor:
+    if _size(picture) == tuple(size):
+        return picture
+    return F.interpolate(picture[None], size=size, mode="bilinear", antialias=antialias)[0]
+
+
+def _to_pil(picture: torch.Tensor) -> Image.Image:
+    """Turn `[1|3, h, w]` in [0, 1] into a PIL image, to the nearest of 256 values."""
+    pixels = picture.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def _colourize(level: torch.Tensor) -> torch.Tensor:
+    """Look `[h, w]` in [0, 1] up in the colour scale: RGB `[3, h, w]` in [0, 1]."""
+    colours = torch.tensor(list(bytes.fromhex(COLOUR_SCALE))).view(-1, 3).div(255)
+    position = level * (len(colours) - 1)
+    below = position.long().clamp(max=len(colours) - 2)
+    return torch.lerp(colours[below], colours[below + 1], (position - below)[..., None]).permute(2, 0, 1)
+
+
+def _overlay(
+    picture: torch.Tensor, level: torch.Tensor, opacity: float, vmin: float, vmax: float
+) -> torch.Tensor:
+    """Blend a map `[h, w]` over RGB `[3, h, w]`, the more the higher its value."""
+    if not vmin < vmax:
+        raise ValueError(f"vmin must be below vmax, not {vmin} and {vmax}")
+    level = (level - vmin).div(vmax - vmin).clamp(0, 1)
+    weight = opacity * level
+    return picture * (1 - weight) + _colourize(level) * weight
+
+
+def _draw_contours(picture: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
+    """Draw the inner border of regions, bool `[h, w]`, on RGB `[3, h, w]`, 1 to 3 pixels wide."""
+    width = min(3, 1 + min(_size(picture)) // 384)
+    # Eroded as if all beyond the picture were normal, so that a region at its edge is closed there.
+    outside = F.pad((~region).float()[None], [width] * 4, value=1.0)
+    border = region & F.max_pool2d(outside, 2 * width + 1, stride=1)[0].bool()
+    return torch.where(border, torch.tensor(CONTOUR_COLOUR).div(255)[:, None, None], picture)

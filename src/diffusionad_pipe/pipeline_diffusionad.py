@@ -1,0 +1,356 @@
+"""DiffusionAD as a diffusers pipeline: a picture in, an anomaly map and a score out, one denoising step between."""
+
+import os
+from dataclasses import dataclass
+from math import lcm
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput, logging
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from .image_processor import DiffusionADImageProcessor
+from .reference_checkpoint import build_networks, read_checkpoint, write_checkpoint
+from .scheduling_norm_guided_one_step import NormGuidedOneStepScheduler
+from .unet_2d_diffusionad import DiffusionADUNet2DModel
+from .weights_files import check_pipeline_folder
+
+logger = logging.get_logger(__name__)
+
+Image = PIL.Image.Image | np.ndarray | torch.Tensor
+
+# No picture side above this: a damaged model_index.json must not ask for terabytes.
+MAX_SIDE = 8192
+DEFAULT_BATCH_SIZE = 8
+
+
+@dataclass
+class DiffusionADPipelineOutput(BaseOutput):
+    """Output of [`DiffusionADPipeline`]. Maps, pictures and masks have the size of each input picture.
+
+    Args:
+        anomaly_maps: probability of an anomaly at each pixel, in [0, 1]. `"pt"`: `[B, 1, H, W]`, `"np"`:
+            `[B, H, W, 1]`, `"pil"`: pictures of mode L (1 is 255). Inputs of different sizes give a list.
+        anomaly_scores: `[B]`, in [0, 1]: the mean of the largest pixels at the model's size. An array, or a tensor
+            for `"pt"`.
+        reconstructions: the anomaly-free pictures, in [0, 1]. `"pt"`: `[B, 3, H, W]`, `"np"`: `[B, H, W, 3]`.
+        predicted_masks: where the map is above `pixel_threshold`, booleans in the layout of the maps (`"pil"`: mode
+            L, 0 or 255). None without that threshold.
+        is_anomalous: `[B]`, where the score is above `image_threshold`. None without that threshold.
+    """
+
+    anomaly_maps: torch.Tensor | np.ndarray | list[Any]
+    anomaly_scores: torch.Tensor | np.ndarray
+    reconstructions: torch.Tensor | np.ndarray | list[Any]
+    predicted_masks: torch.Tensor | np.ndarray | list[Any] | None
+    is_anomalous: torch.Tensor | np.ndarray | None
+
+
+class DiffusionADPipeline(DiffusionPipeline):
+    """Finds defects in pictures by comparing each with its anomaly-free reconstruction (arXiv 2303.08730).
+
+    Args:
+        unet: the reconstruction network, [`DiffusionADUNet2DModel`].
+        segmentation: compares picture and reconstruction: [`SegmentationUNet2DModel`], or transformers'
+            `SegformerForSemanticSegmentation(num_channels=6, num_labels=1)`.
+        scheduler: [`NormGuidedOneStepScheduler`].
+        image_size: side in pixels to which pictures are resized by default.
+        score_top_k: the image score is the mean of this many largest pixels of the map. A number below 1 is a share
+            of the pixels, which keeps its meaning at other sizes. 50 at 256×256 in the paper.
+        noise_seed: seed of the fixed noise that is used when no generator is given.
+        image_threshold: a picture is anomalous when its score is above; None if not calibrated.
+        pixel_threshold: a pixel is anomalous when the map is above; None if not calibrated.
+
+    Raises:
+        ValueError: for values outside their ranges.
+    """
+
+    model_cpu_offload_seq = "unet->segmentation"
+
+    def __init__(
+        self,
+        unet: DiffusionADUNet2DModel,
+        segmentation: nn.Module,
+        scheduler: NormGuidedOneStepScheduler,
+        image_size: int = 256,
+        score_top_k: int | float = 50,
+        noise_seed: int = 0,
+        image_threshold: float | None = None,
+        pixel_threshold: float | None = None,
+    ):
+        super().__init__()
+        if not 1 <= image_size <= MAX_SIDE:
+            raise ValueError(f"image_size={image_size} is outside 1 ... {MAX_SIDE} pixels")
+        if score_top_k <= 0 or (score_top_k >= 1 and score_top_k != int(score_top_k)):
+            raise ValueError(f"score_top_k={score_top_k} must be a whole number of pixels, or a share below 1")
+        self.register_modules(unet=unet, segmentation=segmentation, scheduler=scheduler)
+        self.register_to_config(
+            image_size=image_size,
+            score_top_k=score_top_k,
+            noise_seed=noise_seed,
+            image_threshold=image_threshold,
+            pixel_threshold=pixel_threshold,
+        )
+        self.image_processor = DiffusionADImageProcessor()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Image | list[Image],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        small_timestep: int | None = None,
+        large_timestep: int | None = None,
+        guidance_scale: float | None = None,
+        num_noise_samples: int = 1,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> DiffusionADPipelineOutput | tuple[Any, ...]:
+        """Detect anomalies.
+
+        Args:
+            image: a picture, or a list of pictures of any sizes: PIL, arrays `[H, W, C]` or tensors `[C, H, W]`
+                (uint8, uint16, or floats in [0, 1]), or a batched array `[B, H, W, C]` or tensor `[B, C, H, W]`.
+            height: height in pixels at which the networks work; None is the pipeline's `image_size`.
+            width: likewise. Both are rounded to what the networks can take, with a warning.
+            small_timestep: t_s, the small noise scale; None takes the scheduler's.
+            large_timestep: t_b, the large noise scale; None takes the scheduler's.
+            guidance_scale: w, the weight of the norm guidance; None takes the scheduler's, 0 is none.
+            num_noise_samples: average map and reconstruction over this many noises: slower, steadier.
+            noise: `[2, B, 3, height, width]` to be used, small scale first.
+            generator: draws the noise, or a list with one for each picture. None: the noise is a fixed function of
+                the size and the pipeline's `noise_seed`, the same for every picture, so that a picture's score does
+                not depend on its batch, its order or the run.
+            batch_size: pictures in one pass of the networks; None is 8.
+            output_type: `"pil"`, `"np"` or `"pt"`.
+            return_dict: False returns a tuple in the order of the output's fields.
+
+        Returns:
+            [`DiffusionADPipelineOutput`].
+
+        Raises:
+            ValueError: for pictures or arguments that cannot be used; the message says which and what to do.
+        """
+        # 0. Arguments that are None come from the pipeline's or the scheduler's config.
+        config = self.scheduler.config
+        height = self._round_size(height or self.config.image_size, "height")
+        width = self._round_size(width or self.config.image_size, "width")
+        small_timestep = config.small_timestep if small_timestep is None else small_timestep
+        large_timestep = config.large_timestep if large_timestep is None else large_timestep
+        batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+
+        # 1. Pictures of any kind and size become one tensor.
+        pictures, sizes = self.image_processor.preprocess(image, height, width)  # [N, 3, H, W] in [0, 1]
+        self.check_inputs(
+            pictures, small_timestep, large_timestep, num_noise_samples, noise, generator, batch_size, output_type
+        )
+
+        # 2. Noise [K, 2, N, 3, H, W]. The fixed noise is drawn once on the CPU, whatever the device, and shared by
+        #    all pictures. A generator draws picture by picture, so that the batch size plays no part.
+        device = self._execution_device
+        noise_shape = (num_noise_samples, 2, 3, height, width)
+        if noise is not None:
+            noises = noise[None]
+        elif generator is None:
+            fixed = torch.Generator().manual_seed(self.config.noise_seed)
+            noises = torch.randn(noise_shape, generator=fixed)[:, :, None].expand(-1, -1, len(pictures), -1, -1, -1)
+        else:
+            generators = generator if isinstance(generator, list) else [generator] * len(pictures)
+            noises = torch.stack([randn_tensor(noise_shape, generator=g, device=device) for g in generators], dim=2)
+
+        timesteps = torch.tensor([small_timestep, large_timestep], device=device)
+        starts = range(0, len(pictures), batch_size)
+        maps, reconstructions = [], []
+        for start in starts if len(starts) == 1 else self.progress_bar(starts):
+            batch = pictures[start : start + batch_size].to(device)  # [B, 3, H, W]
+            batch_maps, batch_reconstructions = torch.zeros_like(batch[:, :1]), torch.zeros_like(batch)
+            for sample_noise in noises[:, :, start : start + batch_size]:
+                # 3. Noise the pictures at both scales: [2B, 3, H, W], small scale first.
+                both_timesteps = timesteps.repeat_interleave(len(batch))  # [2B]
+                both_noises = sample_noise.to(device, batch.dtype).flatten(0, 1)
+                noised = self.scheduler.add_noise(torch.cat([batch, batch]), both_noises, both_timesteps)
+
+                # 4. One call of the UNet for both, and norm guidance. Only the networks run in their own dtype.
+                model_output = self.unet(noised.to(self.unet.dtype), both_timesteps).sample.to(batch.dtype)
+                guided = self.scheduler.step(model_output, both_timesteps, noised, guidance_scale).prev_sample
+
+                # 5. Compare the pictures with their reconstructions.
+                pairs = torch.cat([batch, guided], dim=1)  # [B, 6, H, W]
+                logits = self.segmentation(pairs.to(self.segmentation.dtype)).logits.to(batch.dtype)
+                if logits.shape[-2:] != batch.shape[-2:]:  # a SegFormer answers at a quarter of the size
+                    logits = F.interpolate(logits, size=batch.shape[-2:], mode="bilinear", align_corners=False)
+                batch_maps += logits.sigmoid() / num_noise_samples
+                batch_reconstructions += guided / num_noise_samples
+            maps.append(batch_maps.cpu())
+            reconstructions.append(batch_reconstructions.cpu())
+        all_maps, all_reconstructions = torch.cat(maps), torch.cat(reconstructions)
+
+        # 6. Score at the model's size (paper, section IV-A): the mean of the largest pixels.
+        top_k = self.config.score_top_k
+        pixels = int(top_k) if top_k >= 1 else round(top_k * height * width)
+        scores = all_maps.flatten(1).topk(min(max(pixels, 1), height * width)).values.mean(1)  # [N]
+
+        # 7. Back to the pictures' own sizes, and decisions where thresholds are set.
+        masks = is_anomalous = None
+        if self.config.pixel_threshold is not None:
+            resized = self.image_processor.resize_to(all_maps, sizes)
+            binary = [(m > self.config.pixel_threshold).float()[None] for m in resized]  # [1, 1, h, w] each
+            masks = [self.image_processor.postprocess(m, output_type)[0] for m in binary]
+            if output_type != "pil":
+                masks = [m > 0.5 for m in masks]
+                if len(set(sizes)) == 1:
+                    masks = torch.stack(masks) if output_type == "pt" else np.stack(masks)
+        if self.config.image_threshold is not None:
+            is_anomalous = scores > self.config.image_threshold
+            is_anomalous = is_anomalous if output_type == "pt" else is_anomalous.numpy()
+
+        self.maybe_free_model_hooks()
+        output = (
+            self.image_processor.postprocess(all_maps, output_type, sizes),
+            scores if output_type == "pt" else scores.numpy(),
+            self.image_processor.postprocess(all_reconstructions, output_type, sizes),
+            masks,
+            is_anomalous,
+        )
+        return DiffusionADPipelineOutput(*output) if return_dict else output
+
+    def check_inputs(
+        self,
+        pictures: torch.Tensor,
+        small_timestep: int,
+        large_timestep: int,
+        num_noise_samples: int,
+        noise: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        batch_size: int,
+        output_type: str,
+    ) -> None:
+        """Raise a ValueError for arguments of `__call__` that cannot be used."""
+        last = len(self.scheduler) - 1
+        if not 0 <= small_timestep < large_timestep <= last:
+            raise ValueError(
+                f"small_timestep={small_timestep} and large_timestep={large_timestep} must be in order, "
+                f"0 <= small < large <= {last}"
+            )
+        if num_noise_samples < 1 or batch_size < 1:
+            raise ValueError(f"num_noise_samples={num_noise_samples} and batch_size={batch_size} must be at least 1")
+        expected = (2, *pictures.shape)
+        if noise is not None and (tuple(noise.shape) != expected or num_noise_samples != 1 or generator is not None):
+            raise ValueError(
+                f"noise must be {list(expected)} ([2, B, 3, height, width], small scale first), not "
+                f"{list(noise.shape)}, without a generator and with num_noise_samples=1"
+            )
+        if isinstance(generator, list) and len(generator) != len(pictures):
+            raise ValueError(f"{len(generator)} generators for {len(pictures)} pictures: give one for each, or one for all")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
+
+    def _round_size(self, size: int, name: str) -> int:
+        """The nearest size that the networks can take."""
+        divisor = lcm(self.unet.size_divisor, getattr(self.segmentation, "size_divisor", 32))
+        rounded = max(divisor, round(size / divisor) * divisor)
+        if not 1 <= size <= MAX_SIDE:
+            raise ValueError(f"{name}={size} is outside 1 ... {MAX_SIDE} pixels")
+        if rounded != size:
+            logger.warning(f"{name}={size} is not a multiple of {divisor}, which the networks need: using {rounded}")
+        return rounded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any):
+        """Load a pipeline from a folder or from the Hugging Face Hub; safetensors only.
+
+        Args:
+            pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or a Hub id such as `"user/model"`.
+            kwargs: those of diffusers (`dtype`, `variant`, `revision`, `token`, `cache_dir`, `local_files_only`, ...),
+                components, or values for the pipeline's config such as `image_threshold=0.4`.
+
+        Raises:
+            WeightsFileError: a file is missing, damaged, a pickle, or does not fit; the message names it.
+            ValueError: when pickles are asked for.
+        """
+        if kwargs.pop("use_safetensors", True) is False:
+            raise ValueError("only safetensors are loaded: a pickle could run code. Leave use_safetensors out")
+        folder = os.fspath(pretrained_model_name_or_path)
+        if not os.path.isdir(folder):
+            if folder.count("/") > 1 or folder.startswith((".", "/", "~")) or "\\" in folder:
+                raise ValueError(f"there is no folder {folder!r}: give one that save_pretrained wrote, or a Hub id user/model")
+            hub_arguments = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "variant")
+            folder = cls.download(folder, **{k: kwargs[k] for k in hub_arguments if k in kwargs})
+        check_pipeline_folder(folder, kwargs.get("variant"))
+        return super().from_pretrained(folder, use_safetensors=True, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Download a pipeline from the Hub and return its folder. diffusers' own `download` refuses components that
+        are defined outside diffusers (its issue 6563), so this takes the files that a pipeline is made of itself.
+
+        Args:
+            pretrained_model_name: a Hub id such as `"user/model"`.
+            kwargs: `variant`, and those of `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`,
+                `local_files_only`, `force_download`).
+        """
+        variant = kwargs.get("variant")
+        weights = ["diffusion_pytorch_model", "model"]  # diffusers' and transformers' names
+        patterns = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]
+        patterns += [f"*/{w}.safetensors*" for w in weights] + [f"*/{w}-0*.safetensors" for w in weights]
+        if variant:
+            # A component without the variant falls back to its plain weights, so both are taken.
+            patterns += [f"*/{w}*.{variant}*.safetensors*" for w in weights]
+            patterns += [f"*/{w}.safetensors.index.{variant}.json" for w in weights]
+        passed_on = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        options = {k: kwargs[k] for k in passed_on if kwargs.get(k) is not None}
+        return snapshot_download(pretrained_model_name, allow_patterns=patterns, **options)
+
+    @classmethod
+    def from_single_file(cls, path: str | os.PathLike[str], **kwargs: Any):
+        """Load a checkpoint of the authors' code. Nothing in it is run: only tensors and plain settings are read.
+
+        Args:
+            path: the `.pt` / `.pth` file.
+            kwargs: values for the pipeline's config, such as `score_top_k`, `image_threshold`.
+
+        Raises:
+            ValueError: names the file, the cause and the cure.
+        """
+        checkpoint = read_checkpoint(path)
+        unet, segmentation = build_networks(checkpoint, path)
+        args = checkpoint.get("args") or {}
+        scheduler = NormGuidedOneStepScheduler(
+            num_train_timesteps=int(args.get("T") or 1000),
+            beta_schedule="squaredcos_cap_v2" if args.get("beta_schedule") == "cosine" else "linear",
+            small_timestep=int(args.get("eval_normal_t") or 200),
+            large_timestep=int(args.get("eval_noisier_t") or 400),
+            guidance_scale=float(1 if args.get("condition_w") in (None, "") else args["condition_w"]),
+        )
+        return cls(unet, segmentation, scheduler, **{"image_size": unet.config.sample_size, **kwargs})
+
+    def save_single_file(self, path: str | os.PathLike[str]) -> None:
+        """Write the authors' checkpoint format, which their code and [`from_single_file`] read.
+
+        Args:
+            path: the file to write.
+
+        Raises:
+            ValueError: for networks or a prediction type that their code does not have.
+        """
+        config = self.scheduler.config
+        if config.prediction_type != "epsilon":
+            raise ValueError(f"the authors' code predicts noise; this pipeline predicts {config.prediction_type!r}")
+        args = {
+            "T": config.num_train_timesteps,
+            "beta_schedule": "cosine" if config.beta_schedule == "squaredcos_cap_v2" else config.beta_schedule,
+            "condition_w": config.guidance_scale,
+            "eval_normal_t": config.small_timestep,
+            "eval_noisier_t": config.large_timestep,
+        }
+        write_checkpoint(path, self.unet, self.segmentation, args)

@@ -1,0 +1,128 @@
+"""The segmentation network of DiffusionAD: DRAEM's discriminative U-Net (Zavrtanik et al., ICCV 2021).
+
+The layers are those of the authors' network, checked against golden values. It emits logits: the sigmoid
+belongs to the loss and to the pipeline, so that training is safe under mixed precision.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from torch import nn
+
+ENCODER_MULTIPLIERS = (1, 2, 4, 8, 8, 8)
+
+
+@dataclass
+class SegmentationUNet2DOutput(BaseOutput):
+    """Output of [`SegmentationUNet2DModel`].
+
+    Args:
+        logits: `[B, out_channels, H, W]`; a sigmoid turns them into the anomaly map in [0, 1].
+    """
+
+    logits: torch.Tensor
+
+
+class SegmentationUNet2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A U-Net that sees a picture beside its anomaly-free reconstruction and marks where they really differ.
+    The defaults are the paper's network: 28,373,569 parameters.
+
+    Args:
+        in_channels: channels of the concatenated picture and reconstruction.
+        out_channels: channels of the logits.
+        base_channels: width of the first of six levels; the others have 2, 4, 8, 8, 8 times as much.
+        norm_type: `"batch"` (the paper) or `"group"`, which does not depend on the batch while training.
+        norm_num_groups: groups of each GroupNorm when `norm_type="group"`.
+
+    Raises:
+        ValueError: for an unknown `norm_type` or absurd widths.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 6,
+        out_channels: int = 1,
+        base_channels: int = 64,
+        norm_type: str = "batch",
+        norm_num_groups: int = 8,
+    ):
+        super().__init__()
+        if norm_type not in ("batch", "group"):
+            raise ValueError(f"norm_type must be 'batch' or 'group', not {norm_type!r}")
+        # A damaged or hostile config.json must not ask for terabytes.
+        if not (1 <= base_channels <= 512 and 1 <= in_channels <= 64 and 1 <= out_channels <= 64):
+            raise ValueError(
+                f"not a segmentation network: base_channels={base_channels} (1 to 512), in_channels={in_channels} "
+                f"and out_channels={out_channels} (1 to 64)"
+            )
+        if norm_type == "group" and base_channels % norm_num_groups:
+            raise ValueError(f"base_channels={base_channels} must be divisible by norm_num_groups={norm_num_groups}")
+
+        def norm(channels: int) -> nn.Module:
+            return nn.BatchNorm2d(channels) if norm_type == "batch" else nn.GroupNorm(norm_num_groups, channels)
+
+        def conv(channels_in: int, channels_out: int) -> list[nn.Module]:
+            return [nn.Conv2d(channels_in, channels_out, 3, padding=1), norm(channels_out), nn.ReLU(inplace=True)]
+
+        widths = [base_channels * m for m in ENCODER_MULTIPLIERS]
+        self.pool = nn.MaxPool2d(2)
+        self.upsample = nn.UpsamplingBilinear2d(scale_factor=2)  # corners aligned, as in the authors' network
+        self.encoder_blocks = nn.ModuleList(
+            nn.Sequential(*conv(channels_in, channels), *conv(channels, channels))
+            for channels_in, channels in zip([in_channels, *widths[:-1]], widths)
+        )
+        # Each stage: upsample, one convolution to the level's width, concatenate its skip, two convolutions.
+        # Width and skip of the five stages, coarsest first: 8b|8b, 4b|8b, 2b|4b, b|2b, b|b.
+        stage_widths = [widths[4], widths[2], widths[1], widths[0], widths[0]]
+        self.up_convs = nn.ModuleList()
+        self.decoder_blocks = nn.ModuleList()
+        channels_in = widths[-1]
+        for channels, skip in zip(stage_widths, reversed(widths[:-1])):
+            self.up_convs.append(nn.Sequential(*conv(channels_in, channels)))
+            self.decoder_blocks.append(nn.Sequential(*conv(channels + skip, channels), *conv(channels, channels)))
+            channels_in = channels
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        self.gradient_checkpointing = False
+
+    @property
+    def size_divisor(self) -> int:
+        """Heights and widths must be multiples of this many pixels."""
+        return 2 ** (len(ENCODER_MULTIPLIERS) - 1)
+
+    def forward(
+        self, sample: torch.Tensor, return_dict: bool = True
+    ) -> SegmentationUNet2DOutput | tuple[torch.Tensor]:
+        """Mark the anomalous pixels.
+
+        Args:
+            sample: picture and reconstruction concatenated on channels, `[B, 6, H, W]`, each in [0, 1].
+            return_dict: False returns a tuple.
+
+        Returns:
+            [`SegmentationUNet2DOutput`] with logits `[B, out_channels, H, W]`.
+        """
+        skips = []
+        for level, block in enumerate(self.encoder_blocks):
+            sample = self.pool(sample) if level > 0 else sample
+            sample = self._run(block, sample)  # [B, width, H / 2**level, W / 2**level]
+            skips.append(sample)
+        skips.pop()
+        for up_conv, block in zip(self.up_convs, self.decoder_blocks):
+            sample = up_conv(self.upsample(sample))
+            sample = self._run(block, torch.cat([sample, skips.pop()], dim=1))
+        logits = self.conv_out(sample)  # [B, 1, H, W]
+
+        if not return_dict:
+            return (logits,)
+        return SegmentationUNet2DOutput(logits=logits)
+
+    def _run(self, block: nn.Module, sample: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, sample)
+        return block(sample)
