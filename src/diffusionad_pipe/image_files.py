@@ -11,20 +11,7 @@ from PIL import Image, ImageFile
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
-IMAGE_SUFFIXES = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jp2",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2", ".avif")
 
 # Raster formats with a signature: of Pillow's others, EPS runs an external program and TGA takes any file.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF")
@@ -81,8 +68,8 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     """List the pictures that files and folders stand for.
 
     Args:
-        paths: files, taken as they are whatever their suffix, and folders, searched recursively for files with
-            one of `IMAGE_SUFFIXES`. Hidden files and folders are skipped, links are followed.
+        paths: files, taken as they are whatever their suffix, and folders, searched recursively for files
+            with one of `IMAGE_SUFFIXES`. Hidden files and folders are skipped, links are followed.
 
     Returns:
         The files in the order of `paths`, those of a folder sorted, each once.
@@ -173,8 +160,8 @@ def _decode(file: BinaryIO, path: PathLike, max_pixels: int) -> Image.Image:
 
 
 def _identify(file: BinaryIO, head: bytes, path: PathLike) -> ImageFile.ImageFile | None:
-    """Open a picture lazily, as `Image.open` does but without Pillow's own limits on pixels: they are one global
-    of the process, and whether they warn or raise depends on its warning filters."""
+    """Open a picture lazily, as `Image.open` does but without Pillow's own limits on pixels: they are one
+    global of the process, and whether they warn or raise depends on its warning filters."""
     Image.init()
     for name in FORMATS:
         factory, accept = Image.OPEN[name]

@@ -3,6 +3,7 @@
 Nothing here knows of files; `image_files.open_image` turns a path into a picture.
 """
 
+from bisect import bisect
 from collections.abc import Sequence
 from contextlib import suppress
 from os import PathLike
@@ -60,8 +61,8 @@ class DiffusionADImageProcessor:
         Args:
             images: one picture, or a list of pictures that may differ in kind and size. A PIL image of any
                 common mode; a NumPy array `[H, W]`, `[H, W, 1|3|4]` or `[B, H, W, 1|3|4]`; a tensor `[H, W]`,
-                `[1|3|4, H, W]` or `[B, 1|3|4, H, W]`. Arrays and tensors are bool, uint8, uint16, or floats in
-                [0, 1].
+                `[1|3|4, H, W]` or `[B, 1|3|4, H, W]`. Arrays and tensors are bool, uint8, uint16 or floats
+                in [0, 1].
             height: height of the batch in pixels.
             width: width of the batch in pixels.
 
@@ -236,10 +237,11 @@ class DiffusionADImageProcessor:
         canvas = Image.new("RGB", (full_width, top + row + margin), (255, 255, 255))
         draw = ImageDraw.Draw(canvas)
         if title:
-            title = " ".join(title.split())  # one line
-            while title_font.getlength(title) > full_width - 2 * margin:
-                title = title[:-4] + "..."
-            draw.text((margin, margin), title, PANEL_INK, title_font)
+            text, room = " ".join(title.split()), full_width - 2 * margin  # one line
+            if title_font.getlength(text) > room:
+                count = bisect(range(len(text)), room, key=lambda n: title_font.getlength(text[:n] + "..."))
+                text = text[: count - 1] + "..."
+            draw.text((margin, margin), text, PANEL_INK, title_font)
         for index, (caption, tensor) in enumerate(columns.items()):
             left = margin + index * (column + gap)
             draw.text((left + column / 2, top - gap), caption, PANEL_INK, font, anchor="md")
