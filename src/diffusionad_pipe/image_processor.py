@@ -239,8 +239,10 @@ class DiffusionADImageProcessor:
         if title:
             text, room = " ".join(title.split()), full_width - 2 * margin  # one line
             if title_font.getlength(text) > room:
-                count = bisect(range(len(text)), room, key=lambda n: title_font.getlength(text[:n] + "..."))
-                text = text[: count - 1] + "..."
+                fits = bisect(
+                    range(len(text)), room, key=lambda n: round(title_font.getlength(text[:n] + "..."))
+                )
+                text = text[: fits - 1] + "..."
             draw.text((margin, margin), text, PANEL_INK, title_font)
         for index, (caption, tensor) in enumerate(columns.items()):
             left = margin + index * (column + gap)

@@ -22,6 +22,7 @@ METRIC_NAMES = {
     "pixel_f1_max": "pixel F1-max",
     "au_pro_0.30": "AU-PRO 0.3",
     "au_pro_0.05": "AU-PRO 0.05",
+    "right_decisions": "right decisions",
 }
 
 

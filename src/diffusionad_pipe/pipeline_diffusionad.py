@@ -3,23 +3,24 @@
 import os
 from dataclasses import dataclass
 from math import lcm
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from torch import nn
 
 from .image_processor import DiffusionADImageProcessor
-from .reference_checkpoint import build_networks, read_checkpoint, write_checkpoint
+from .reference_checkpoint import build_networks, build_scheduler, read_checkpoint, write_checkpoint
 from .scheduling_norm_guided_one_step import NormGuidedOneStepScheduler
 from .unet_2d_diffusionad import DiffusionADUNet2DModel
-from .weights_files import check_pipeline_folder
+from .weights_files import COMPONENTS, WeightsFileError, check_pipeline_folder
 
 logger = logging.get_logger(__name__)
 
@@ -275,19 +276,31 @@ class DiffusionADPipeline(DiffusionPipeline):
                 components, or values for the pipeline's config such as `image_threshold=0.4`.
 
         Raises:
-            WeightsFileError: a file is missing, damaged, a pickle, or does not fit; the message names it.
-            ValueError: when pickles are asked for.
+            WeightsFileError: the folder or a file is missing, damaged, a pickle, or does not fit; the message names it.
         """
         if kwargs.pop("use_safetensors", True) is False:
-            raise ValueError("only safetensors are loaded: a pickle could run code. Leave use_safetensors out")
-        folder = os.fspath(pretrained_model_name_or_path)
-        if not os.path.isdir(folder):
+            raise WeightsFileError("only safetensors are loaded: a pickle could run code. Leave use_safetensors out")
+        folder = origin = os.fspath(pretrained_model_name_or_path)
+        if os.path.isdir(folder):
+            origin = Path(folder).resolve().name
+        else:
             if folder.count("/") > 1 or folder.startswith((".", "/", "~")) or "\\" in folder:
-                raise ValueError(f"there is no folder {folder!r}: give one that save_pretrained wrote, or a Hub id user/model")
+                raise WeightsFileError(
+                    f"there is no folder {folder!r}: give one that save_pretrained wrote, or a Hub id user/model"
+                )
             hub_arguments = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "variant")
             folder = cls.download(folder, **{k: kwargs[k] for k in hub_arguments if k in kwargs})
-        check_pipeline_folder(folder, kwargs.get("variant"))
-        return super().from_pretrained(folder, use_safetensors=True, **kwargs)
+        passed = [name for name in COMPONENTS if name in kwargs]
+        check_pipeline_folder(folder, kwargs.get("variant"), passed)
+        try:
+            pipeline = super().from_pretrained(folder, use_safetensors=True, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise WeightsFileError(f"{Path(folder) / 'model_index.json'} cannot be used: {error}") from error
+        # diffusers notes the folder of every part and would save it again: a path of this machine in public files.
+        for part in [pipeline] + [pipeline.components[name] for name in COMPONENTS if name not in passed]:
+            if isinstance(part, ConfigMixin) and "_name_or_path" in part.config:
+                part.register_to_config(_name_or_path=origin)
+        return pipeline
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
@@ -299,17 +312,23 @@ class DiffusionADPipeline(DiffusionPipeline):
             kwargs: `variant`, and those of `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`).
         """
-        variant = kwargs.get("variant")
-        weights = ["diffusion_pytorch_model", "model"]  # diffusers' and transformers' names
-        patterns = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]
-        patterns += [f"*/{w}.safetensors*" for w in weights] + [f"*/{w}-0*.safetensors" for w in weights]
-        if variant:
-            # A component without the variant falls back to its plain weights, so both are taken.
-            patterns += [f"*/{w}*.{variant}*.safetensors*" for w in weights]
-            patterns += [f"*/{w}.safetensors.index.{variant}.json" for w in weights]
         passed_on = ("cache_dir", "force_download", "local_files_only", "revision", "token")
         options = {k: kwargs[k] for k in passed_on if kwargs.get(k) is not None}
-        return snapshot_download(pretrained_model_name, allow_patterns=patterns, **options)
+        networks, variant = ["unet", "segmentation"], kwargs.get("variant")
+        # Whole paths: a `*` matches across folders, so `*/config.json` would take training checkpoints too.
+        patterns = ["model_index.json", "scheduler/scheduler_config.json"] + [f"{n}/config.json" for n in networks]
+        if variant:
+            folder = snapshot_download(
+                pretrained_model_name, allow_patterns=patterns + _weights_patterns(networks, variant), **options
+            )
+            # A network without the variant uses its plain weights, from the same commit. Without any there is no use.
+            plain = [n for n in networks if not any(Path(folder, n).glob(f"*.{variant}*.safetensors"))]
+            if plain in ([], networks):
+                return folder
+            networks, options = plain, {**options, "revision": Path(folder).name}
+        return snapshot_download(
+            pretrained_model_name, allow_patterns=patterns + _weights_patterns(networks), **options
+        )
 
     @classmethod
     def from_single_file(cls, path: str | os.PathLike[str], **kwargs: Any):
@@ -324,14 +343,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         """
         checkpoint = read_checkpoint(path)
         unet, segmentation = build_networks(checkpoint, path)
-        args = checkpoint.get("args") or {}
-        scheduler = NormGuidedOneStepScheduler(
-            num_train_timesteps=int(args.get("T") or 1000),
-            beta_schedule="squaredcos_cap_v2" if args.get("beta_schedule") == "cosine" else "linear",
-            small_timestep=int(args.get("eval_normal_t") or 200),
-            large_timestep=int(args.get("eval_noisier_t") or 400),
-            guidance_scale=float(1 if args.get("condition_w") in (None, "") else args["condition_w"]),
-        )
+        scheduler = build_scheduler(checkpoint, path)
         return cls(unet, segmentation, scheduler, **{"image_size": unet.config.sample_size, **kwargs})
 
     def save_single_file(self, path: str | os.PathLike[str]) -> None:
@@ -344,8 +356,6 @@ class DiffusionADPipeline(DiffusionPipeline):
             ValueError: for networks or a prediction type that their code does not have.
         """
         config = self.scheduler.config
-        if config.prediction_type != "epsilon":
-            raise ValueError(f"the authors' code predicts noise; this pipeline predicts {config.prediction_type!r}")
         args = {
             "T": config.num_train_timesteps,
             "beta_schedule": "cosine" if config.beta_schedule == "squaredcos_cap_v2" else config.beta_schedule,
@@ -353,4 +363,16 @@ class DiffusionADPipeline(DiffusionPipeline):
             "eval_normal_t": config.small_timestep,
             "eval_noisier_t": config.large_timestep,
         }
+        theirs = build_scheduler({"args": args}, path).config
+        others = {k: v for k, v in config.items() if not k.startswith("_") and np.any(theirs[k] != v)}
+        if others:
+            raise ValueError(f"the authors' code has no scheduler with {others}: it predicts noise with its own schedules")
         write_checkpoint(path, self.unet, self.segmentation, args)
+
+
+def _weights_patterns(networks: list[str], variant: str | None = None) -> list[str]:
+    """Names of the weights, of their shards and of the shards' index."""
+    stems = [f"{n}/{stem}" for n in networks for stem in ("diffusion_pytorch_model", "model")]  # ... and transformers'
+    infix = f".{variant}" if variant else ""
+    names = ("{0}{1}.safetensors", "{0}{1}-*.safetensors", "{0}.safetensors.index{1}.json")
+    return [name.format(stem, infix) for stem in stems for name in names]

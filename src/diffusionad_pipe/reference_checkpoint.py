@@ -4,6 +4,7 @@ An original file is `torch.save({"n_epoch", "unet_model_state_dict", "seg_model_
 with `weights_only=True` and a two-name allow-list, so a pickle that would run code is refused, never run.
 """
 
+import json
 import os
 import pickle
 from collections import defaultdict
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from .image_files import write_atomically
+from .scheduling_norm_guided_one_step import NormGuidedOneStepScheduler
 from .unet_2d_diffusionad import DiffusionADUNet2DModel, paper_unet_config
 from .unet_2d_segmentation import SegmentationUNet2DModel
 
@@ -108,6 +110,35 @@ def build_networks(
     return unet.eval(), segmentation.eval()
 
 
+def build_scheduler(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> NormGuidedOneStepScheduler:
+    """Build the scheduler that a checkpoint's `args` describe; what they leave out is the paper's.
+
+    Args:
+        checkpoint: the dictionary.
+        path: its file, to be named in errors.
+
+    Raises:
+        ValueError: for settings that are none.
+    """
+    defaults = {"T": 1000, "beta_schedule": "linear", "condition_w": 1, "eval_normal_t": 200, "eval_noisier_t": 400}
+    args = checkpoint.get("args") or {}
+    settings = {k: default if args.get(k) in (None, "") else args[k] for k, default in defaults.items()}
+    try:
+        steps, schedule = int(settings["T"]), settings["beta_schedule"]
+        return NormGuidedOneStepScheduler(
+            num_train_timesteps=steps,
+            # Their linear schedule ends at the same noise for every number of steps.
+            beta_start=1000 / steps * 1e-4 if schedule == "linear" else 1e-4,
+            beta_end=1000 / steps * 0.02 if schedule == "linear" else 0.02,
+            beta_schedule="squaredcos_cap_v2" if schedule == "cosine" else schedule,
+            small_timestep=int(settings["eval_normal_t"]),
+            large_timestep=int(settings["eval_noisier_t"]),
+            guidance_scale=float(settings["condition_w"]),
+        )
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{path} has args that are no settings of the authors' code ({error}): {settings}") from error
+
+
 def write_checkpoint(
     path: str | os.PathLike[str],
     unet: DiffusionADUNet2DModel,
@@ -126,13 +157,22 @@ def write_checkpoint(
         ValueError: when a network is not one that the authors' code has.
     """
     config = unet.config
+    paper = {"in_channels": 3, "out_channels": 3, "patch_size": 1, "layers_per_block": 2, "norm_eps": 1e-5}
     try:
-        paper = paper_unet_config(config.sample_size, unet.time_proj.num_channels)
-    except ValueError:
-        paper = {}
-    same_widths = tuple(config.block_out_channels) == paper.get("block_out_channels")
-    if not same_widths or config.patch_size != 1 or segmentation.config.norm_type != "batch":
-        raise ValueError("the authors' format holds the paper's networks only: patch_size 1, their widths, batch norm")
+        paper |= paper_unet_config(config.sample_size, unet.time_proj.num_channels)
+        del paper["time_embedding_channels"]  # None means the same
+        others = [key for key, value in paper.items() if json.dumps(config[key]) != json.dumps(value)]  # tuple or list
+    except ValueError as error:
+        others = [str(error)]
+    if not isinstance(config.num_attention_heads, int):
+        others.append("num_attention_heads")
+    theirs = ("in_channels", 6), ("out_channels", 1), ("norm_type", "batch")
+    if not isinstance(segmentation, SegmentationUNet2DModel) or any(segmentation.config[k] != v for k, v in theirs):
+        others.append("segmentation")
+    if others:
+        raise ValueError(
+            f"the authors' format holds the paper's networks only, with patch_size 1 and batch norm; here differ: {others}"
+        )
     attention = [config.sample_size // 2**i for i, used in enumerate(config.attention) if used]
     checkpoint = {
         "n_epoch": 0,

@@ -41,7 +41,7 @@ def sample_generator(*key: int) -> torch.Generator:
     """A CPU generator that is a function of the key alone, e.g. of (seed, epoch, index).
 
     Args:
-        key: non-negative integers.
+        key: non-negative integers. Zeros at the end do not count: (3,) and (3, 0) are one key.
     """
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

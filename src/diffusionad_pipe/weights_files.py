@@ -7,15 +7,17 @@ for. Here every one of these is one clear error, found from the files' headers a
 import importlib
 import json
 import os
-import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin
+from safetensors import SafetensorError, safe_open
 
 # A model_index.json names Python modules that the loader imports. Ours, and the two libraries we accept parts from.
 TRUSTED_LIBRARIES = ("diffusionad_pipe", "diffusers", "transformers")
-MAX_HEADER_BYTES = 100_000_000
+COMPONENTS = ("unet", "segmentation", "scheduler")
 
 
 class WeightsFileError(ValueError):
@@ -31,91 +33,140 @@ def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         WeightsFileError: for a Git-LFS pointer, a pickle, a truncated file, or anything else that is not safetensors.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(64)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
         if start.startswith(b"version https://git-lfs"):
             raise WeightsFileError(f"{path} is a Git-LFS pointer, not the weights: run `git lfs pull` in its repository")
-        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
+        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
             raise WeightsFileError(f"{path} is a pickle, which could run code and is not loaded: ask for safetensors")
-        try:
-            (header_size,) = struct.unpack("<Q", start[:8])
-            if header_size > min(size - 8, MAX_HEADER_BYTES):
-                raise ValueError("its header says it is longer than the file")
-            file.seek(8)
-            header: dict[str, Any] = json.loads(file.read(header_size))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise WeightsFileError(f"{path} is not a safetensors file ({error}): download it again") from error
-    if 8 + header_size + end != size:
-        raise WeightsFileError(
-            f"{path} has {size} bytes where its header promises {8 + header_size + end}: download it again"
-        )
-    return shapes
+        with safe_open(path, framework="pt") as tensors:  # checks that header and size agree
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+    except (SafetensorError, OSError) as error:
+        raise WeightsFileError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
 
 
-def check_pipeline_folder(folder: str | os.PathLike[str], variant: str | None = None) -> None:
+def check_pipeline_folder(
+    folder: str | os.PathLike[str], variant: str | None = None, passed: Collection[str] = ()
+) -> None:
     """Check every component of a saved pipeline.
 
     Args:
         folder: the folder with `model_index.json`.
         variant: the weights' variant, such as `"fp16"`; components without it use their plain weights.
+        passed: names of components that do not come from the folder.
 
     Raises:
         WeightsFileError: names the file, the cause and the cure.
     """
     folder = Path(folder)
-    index = _read_json(folder / "model_index.json")
+    index_path = folder / "model_index.json"
+    index = _read_json(index_path)
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
+        if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
             continue
-        library, class_name = entry
-        if str(library).split(".")[0] not in TRUSTED_LIBRARIES:
+        if not entry or str(entry[0]).split(".")[0] not in TRUSTED_LIBRARIES:
             raise WeightsFileError(
-                f"{folder / 'model_index.json'} wants {name} from the module {library!r}; "
-                f"only {', '.join(TRUSTED_LIBRARIES)} are trusted"
+                f"{index_path} wants {name} from {entry}; only modules of {', '.join(TRUSTED_LIBRARIES)} are trusted"
             )
-        if str(library).startswith("diffusionad_pipe.unet_2d"):
-            _check_network(folder / name, library, class_name, variant)
-        elif name != "scheduler":
-            for pickle_file in (folder / name).glob("*.bin"):
-                if not any((folder / name).glob("*.safetensors")):
-                    raise WeightsFileError(f"{pickle_file} is a pickle and is not loaded: ask for safetensors")
+    if variant and not any(folder.glob(f"*/*.{variant}*.safetensors")):
+        raise WeightsFileError(f"{folder} holds no weights of the variant {variant!r}: leave variant out")
+
+    for name in COMPONENTS:
+        if name in passed:
+            continue
+        entry = index.get(name)
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+            raise WeightsFileError(
+                f"{index_path} names no {name}: give a folder that DiffusionADPipeline.save_pretrained wrote"
+            )
+        library, class_name = entry
+        try:
+            component_class = getattr(importlib.import_module(library), class_name)
+        except (ImportError, AttributeError) as error:
+            raise WeightsFileError(
+                f"{index_path} wants {name} to be {library}.{class_name}, which cannot be imported ({error}): "
+                "update diffusionad_pipe, or install that library"
+            ) from error
+        if not hasattr(component_class, "from_pretrained"):
+            raise WeightsFileError(f"{index_path} wants {name} to be {library}.{class_name}, which cannot be loaded")
+        if library.split(".")[0] == "transformers":
+            _check_transformers_model(folder / name, component_class, variant)
+        else:
+            _check_component(folder / name, component_class, variant)
 
 
-def _check_network(folder: Path, library: str, class_name: str, variant: str | None) -> None:
-    config = _read_json(folder / "config.json")
-    stem = "diffusion_pytorch_model"
-    # The variant first; shards (name-00001-of-00002) count as one file.
-    candidates = [f"{stem}.{variant}*.safetensors"] if variant else []
-    candidates += [f"{stem}.safetensors", f"{stem}-*.safetensors"]
-    files = next((found for pattern in candidates if (found := sorted(folder.glob(pattern)))), [])
-    if not files:
-        pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
-        if pickles:
-            raise WeightsFileError(f"{pickles[0]} is a pickle, which could run code and is not loaded: ask for safetensors")
-        raise WeightsFileError(f"{folder} holds no {stem}.safetensors: download the whole model again")
-
+def _check_component(folder: Path, component_class: type[ConfigMixin], variant: str | None) -> None:
+    """Check a network or a scheduler that is built from diffusers' classes."""
+    config_path = folder / component_class.config_name
+    config = _read_json(config_path)
     try:
-        network_class = getattr(importlib.import_module(library), class_name)
         with torch.device("meta"):
-            network = network_class.from_config(config)
-    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise WeightsFileError(f"{folder / 'config.json'} does not describe a {class_name}: {error}") from error
-    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    found = {key: shape for file in files for key, shape in read_safetensors_shapes(file).items()}
+            component = component_class.from_config(config)
+    except (TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise WeightsFileError(
+            f"{config_path} does not describe a {component_class.__name__} ({error}): download it again"
+        ) from error
+    if not isinstance(component, torch.nn.Module):
+        return
+    expected = {key: tuple(value.shape) for key, value in component.state_dict().items()}
+    found = _read_shapes(folder, "diffusion_pytorch_model", variant)
     if expected != found:
         missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         shapes = [f"{k} is {found[k]}, not {expected[k]}" for k in expected.keys() & found.keys() if expected[k] != found[k]]
         causes = [f"{len(missing)} tensors are missing, such as {missing[0]}"] if missing else []
         causes += [f"{len(unknown)} are unknown, such as {unknown[0]}"] if unknown else []
         causes += [f"{len(shapes)} have another shape: {min(shapes)}"] if shapes else []
-        raise WeightsFileError(
-            f"{files[0]} does not fit {folder / 'config.json'}: {'; '.join(causes)}. "
-            "Take both from the same model, or download it again"
+        raise _misfit(folder, "; ".join(causes))
+
+
+def _check_transformers_model(folder: Path, model_class: Any, variant: str | None) -> None:
+    """transformers stores tensors under other names than its networks use, so it compares them itself."""
+    _read_json(folder / "config.json")
+    _read_shapes(folder, "model", variant)
+    options = {"variant": variant} if variant and any(folder.glob(f"*.{variant}*.safetensors")) else {}
+    try:
+        _, report = model_class.from_pretrained(
+            folder, device_map="meta", output_loading_info=True, use_safetensors=True, local_files_only=True, **options
         )
+    except (OSError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise _misfit(folder, str(error)) from error
+    causes = [f"{kind.replace('_', ' ')} {sorted(keys)[0]}" for kind, keys in report.items() if keys]
+    if causes:
+        raise _misfit(folder, "; ".join(causes))
+
+
+def _misfit(folder: Path, cause: str) -> WeightsFileError:
+    return WeightsFileError(
+        f"the weights in {folder} do not fit {folder / 'config.json'}: {cause}. "
+        "Take both from the same model, or download it again"
+    )
+
+
+def _read_shapes(folder: Path, stem: str, variant: str | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network's tensors, from the very files that diffusers and transformers would load."""
+    suffix = f".{variant}" if variant and any(folder.glob(f"{stem}.{variant}*.safetensors")) else ""
+    index_path = folder / f"{stem}.safetensors.index{suffix}.json"
+    if not index_path.is_file():
+        path = folder / f"{stem}{suffix}.safetensors"
+        if not path.is_file():
+            pickles = sorted(p for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+            cause = f"{pickles[0]} is a pickle, which could run code" if pickles else f"{path} is missing"
+            raise WeightsFileError(f"{cause}, and only safetensors are loaded: ask for them, or download the model again")
+        return read_safetensors_shapes(path)
+
+    weight_map = _read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+        for name in weight_map.values()
+    ):
+        raise WeightsFileError(f"{index_path} lists no safetensors files beside it: download the model again")
+    shards = {}
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).is_file():
+            raise WeightsFileError(f"{folder / name} is missing, which {index_path.name} lists: download the model again")
+        shards[name] = read_safetensors_shapes(folder / name)
+    return {key: shards[name][key] for key, name in weight_map.items() if key in shards[name]}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -123,7 +174,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WeightsFileError(f"{path} is missing: give the folder that save_pretrained wrote, whole") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsFileError(f"{path} cannot be read ({error}): download the model again") from error
     if not isinstance(content, dict):
         raise WeightsFileError(f"{path} does not hold a JSON object: download the model again")

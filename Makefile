@@ -1,0 +1,40 @@
+# One virtual environment, .venv, made by the first target that needs it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := pretrained/hazelnut
+PICTURES := training/data/hazelnut_toy/hazelnut/test
+
+.PHONY: demo test quality space train-hazelnut evaluate clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	# torch alone and first: its exact version decides whether gigabytes of CUDA come along.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,demo,dev]"
+	touch $@
+
+demo: $(VENV)/installed  ## find the defects in the shipped pictures
+	$(BIN)/diffusionad predict $(PICTURES) --model $(MODEL) --output demo_output --panels
+
+test: $(VENV)/installed  ## all tests
+	$(BIN)/python -m pytest
+
+quality: $(VENV)/installed  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+space: $(VENV)/installed  ## the Gradio demo on this machine
+	$(BIN)/python spaces_demo/app.py
+
+train-hazelnut: $(VENV)/installed  ## train the shipped model again (on, after an interruption)
+	$(BIN)/accelerate launch --num_processes 1 training/train.py --config training/configs/hazelnut.yaml \
+		--output_dir runs/hazelnut $(if $(wildcard runs/hazelnut/checkpoint-*),--resume_from_checkpoint latest)
+
+evaluate: $(VENV)/installed  ## the figures of the README
+	$(BIN)/python training/evaluate.py --model $(MODEL) --data training/data/hazelnut_toy/hazelnut
+
+clean:
+	rm -rf $(VENV) demo_output

@@ -1,0 +1,123 @@
+"""Both networks by themselves; their agreement with the authors' is in test_reference.py."""
+
+import pytest
+import torch
+
+from diffusionad_pipe import DiffusionADUNet2DModel, SegmentationUNet2DModel, paper_unet_config
+
+
+def tiny_unet(**options) -> DiffusionADUNet2DModel:
+    torch.manual_seed(0)
+    defaults = {"block_out_channels": (8, 16), "attention": (False, True), "norm_num_groups": 4}
+    unet = DiffusionADUNet2DModel(**defaults | options).eval()
+    for parameter in unet.parameters():  # also those that start at zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    return unet
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_patches(patch_size: int) -> None:
+    unet = tiny_unet(patch_size=patch_size)
+    assert unet.size_divisor == 2 * patch_size
+    assert unet.conv_in.in_channels == 3 * patch_size**2
+    for height, width in ((16, 16), (16, 32)):
+        assert unet(torch.rand(2, 3, height, width), 7).sample.shape == (2, 3, height, width)
+
+
+@torch.no_grad()
+def test_a_patch_size_acts_on_patches() -> None:
+    """Exchanging two patches of a picture's features is what the network sees: pixels go in and come out in place."""
+    unet = tiny_unet(patch_size=4)
+    image = torch.rand(1, 3, 16, 16)
+    changed = image.clone()
+    changed[..., 12:, 12:] = 1 - changed[..., 12:, 12:]
+    difference = (unet(image, 3).sample - unet(changed, 3).sample).abs().mean((0, 1))
+    patches = difference.reshape(4, 4, 4, 4).mean((1, 3))
+    assert patches.argmax() == 15  # the last patch changed the most
+
+
+@torch.no_grad()
+def test_timesteps_by_number_and_by_picture_are_the_same() -> None:
+    unet, images = tiny_unet(), torch.rand(3, 3, 16, 16)
+    outputs = [unet(images, t).sample for t in (5, torch.tensor(5), torch.tensor([5]), torch.tensor([5, 5, 5]))]
+    assert all(torch.equal(outputs[0], output) for output in outputs)
+    assert not torch.equal(outputs[0], unet(images, 6).sample)
+    assert torch.equal(outputs[0], unet(images, 5, return_dict=False)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_close(dtype: torch.dtype) -> None:
+    unet, images = tiny_unet(), torch.rand(2, 3, 16, 16)
+    expected = unet(images, 100).sample
+    actual = unet.to(dtype)(images.to(dtype), 100).sample
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_heads_can_differ_by_level() -> None:
+    unet = tiny_unet(attention=(True, True), num_attention_heads=(2, 4))
+    heads = [block.attentions[0].heads for block in unet.down_blocks]
+    assert heads == [2, 4] and unet.mid_block.attentions[0].heads == 4
+
+
+@pytest.mark.parametrize("network", ["unet", "segmentation"])
+def test_gradient_checkpointing_changes_nothing_but_memory(network: str) -> None:
+    torch.manual_seed(0)
+    model = tiny_unet() if network == "unet" else SegmentationUNet2DModel(base_channels=8, norm_type="group")
+    model.train()
+    arguments = (torch.rand(1, 3, 32, 32), 3) if network == "unet" else (torch.rand(1, 6, 32, 32),)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        model(*arguments, return_dict=False)[0].square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm_type", ["batch", "group"])
+def test_segmentation(norm_type: str) -> None:
+    network = SegmentationUNet2DModel(base_channels=8, norm_type=norm_type).eval()
+    assert network(torch.rand(2, 6, 32, 64)).logits.shape == (2, 1, 32, 64)
+    assert network.size_divisor == 32
+
+
+@pytest.mark.parametrize(
+    "options, cause",
+    [
+        ({"attention": (True,)}, "2 levels"),
+        ({"num_attention_heads": (4,)}, "num_attention_heads 1"),
+        ({"block_out_channels": (10, 16)}, "divisible by norm_num_groups"),
+        ({"block_out_channels": (4, 10**9)}, "1 to 4096"),
+        ({"layers_per_block": 10**9}, "layers_per_block"),
+        ({"patch_size": 0}, "patch_size=0"),
+    ],
+)
+def test_unet_refuses_absurd_configurations(options: dict, cause: str) -> None:
+    with pytest.raises(ValueError, match=cause):
+        tiny_unet(**options)
+
+
+@pytest.mark.parametrize(
+    "options, cause",
+    [
+        ({"norm_type": "layer"}, "batch.*group"),
+        ({"base_channels": 10**9}, "1 to 512"),
+        ({"base_channels": 10, "norm_type": "group"}, "divisible"),
+    ],
+)
+def test_segmentation_refuses_absurd_configurations(options: dict, cause: str) -> None:
+    with pytest.raises(ValueError, match=cause):
+        SegmentationUNet2DModel(**options)
+
+
+def test_paper_table_names_its_sizes() -> None:
+    with pytest.raises(ValueError, match="32, 64, 128, 256, 512"):
+        paper_unet_config(300)
+    wide = paper_unet_config(512)
+    assert wide["block_out_channels"][0] == 64 and wide["time_embedding_channels"] == 128

@@ -1,0 +1,82 @@
+"""Measure a trained pipeline on the test pictures of one category.
+
+    python training/evaluate.py --model pretrained/hazelnut --data training/data/hazelnut_toy/hazelnut
+
+Maps are compared with the masks at the pictures' own size. Nothing is chosen here: the metrics need no threshold,
+and the decisions are made with the one that is saved in the model.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from diffusionad_pipe import DiffusionADPipeline, open_image
+from diffusionad_pipe.cli import default_device
+from diffusionad_pipe.data import load_anomaly_dataset
+from diffusionad_pipe.image_files import write_atomically
+from diffusionad_pipe.metrics import evaluate_maps
+from diffusionad_pipe.model_card import METRIC_NAMES
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """A mask as booleans `[H, W]`: indices of a palette and bits as they are, grey values from the middle on."""
+    mask = open_image(path)
+    values = np.asarray(mask if mask.mode in ("1", "P") else mask.convert("L"))
+    return values > (0 if mask.mode in ("1", "P") or values.max() <= 1 else 127)
+
+
+def evaluate(model: str, data: str, category: str | None, batch_size: int) -> dict[str, float]:
+    """Metrics of [`evaluate_maps`], and the share of right decisions where the model has a threshold."""
+    splits = load_anomaly_dataset(data, category=category)
+    if "test" not in splits:
+        raise ValueError(f"{data} has no test pictures (test/good and test/<defect type>)")
+    test = splits["test"].remove_columns(["image", "mask"])
+    masks_of = splits["test"].cast_column("mask", splits["test"].features["mask"].__class__(decode=False))["mask"]
+
+    pipe = DiffusionADPipeline.from_pretrained(model).to(default_device())
+    pipe.set_progress_bar_config(disable=True)
+    maps, masks, scores = [], [], []
+    for start in tqdm(range(0, len(test), batch_size), desc="evaluating", unit="batch"):
+        pictures = [open_image(path) for path in test["path"][start : start + batch_size]]
+        output = pipe(pictures, output_type="np", batch_size=batch_size)
+        maps += [np.asarray(m)[..., 0] for m in output.anomaly_maps]
+        scores += output.anomaly_scores.tolist()
+    for anomaly_map, mask, label, path in zip(maps, masks_of, test["label"], test["path"]):
+        if mask is None and label:
+            raise ValueError(f"{path} is defective but has no mask in ground_truth")
+        masks.append(np.zeros(anomaly_map.shape, dtype=bool) if mask is None else read_mask(Path(mask["path"])))
+
+    metrics = evaluate_maps(maps, masks, scores, test["label"])
+    if pipe.config.image_threshold is not None:
+        right = (np.array(scores) > pipe.config.image_threshold) == np.array(test["label"], dtype=bool)
+        metrics["right_decisions"] = float(right.mean())
+    return metrics
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a saved pipeline, or its Hub id")
+    parser.add_argument("--data", required=True, help="folder of one category (train/good, test/*, ground_truth/*)")
+    parser.add_argument("--category", help="sub-folder, where --data holds several")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--output", type=Path, help="also write the metrics to this JSON file")
+    arguments = parser.parse_args()
+    try:
+        metrics = evaluate(arguments.model, arguments.data, arguments.category, arguments.batch_size)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print("| metric | value |\n|---|---|")
+    for name, value in metrics.items():
+        print(f"| {METRIC_NAMES[name]} | {value:.4f} |")
+    if arguments.output:
+        text = json.dumps(metrics, indent=2) + "\n"
+        write_atomically(arguments.output, lambda path: path.write_text(text, encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
