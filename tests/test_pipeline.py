@@ -160,9 +160,18 @@ def test_bad_arguments(tiny_pipeline: DiffusionADPipeline, arguments: dict, caus
         tiny_pipeline(pictures(1), **arguments)
 
 
-@pytest.mark.parametrize("picture", [[], np.full((32, 32, 3), np.nan), "picture.png", np.zeros((3, 32, 32))])
-def test_bad_pictures(tiny_pipeline: DiffusionADPipeline, picture) -> None:
-    with pytest.raises((ValueError, TypeError), match="picture|open_image|image"):
+@pytest.mark.parametrize(
+    "picture, cause",
+    [
+        ([], "at least one|no picture|empty"),
+        (np.full((32, 32, 3), np.nan), "NaN|finite"),
+        ("picture.png", "open_image"),
+        (np.zeros((3, 32, 32)), "transpose"),
+        ([np.zeros((32, 32, 3)), np.full((32, 32, 3), 7.0)], "picture 1"),
+    ],
+)
+def test_bad_pictures(tiny_pipeline: DiffusionADPipeline, picture, cause: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=cause):
         tiny_pipeline(picture)
 
 

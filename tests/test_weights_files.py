@@ -38,6 +38,10 @@ def edit_json(path: Path, **values) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+def public(config: dict) -> dict:
+    return {key: value for key, value in sorted(config.items()) if not key.startswith("_")}
+
+
 def refused(folder: Path, message: str, names: str | Path = "", **options) -> None:
     """Loading must fail with an error that names a file, tells the cause, and is soon there and small."""
     start, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -88,9 +92,7 @@ def test_configs_survive(tmp_path, assert_same, tiny_pipeline):
     assert_same(pipe, loaded)
     for part in ("unet", "segmentation"):
         before, after = getattr(pipe, part).config, getattr(loaded, part).config
-        assert json.dumps({k: v for k, v in before.items() if k[0] != "_"}) == json.dumps(
-            {k: v for k, v in after.items() if k[0] != "_"}
-        )
+        assert json.dumps(public(before)) == json.dumps(public(after))  # a tuple comes back as a list
 
 
 def test_model_index(saved):
@@ -148,7 +150,7 @@ def test_variant(tiny_pipeline, saved, assert_same):
     assert_same(half, DiffusionADPipeline.from_pretrained(saved, variant="fp16", dtype=torch.float16))
     assert_same(tiny_pipeline, DiffusionADPipeline.from_pretrained(saved))  # both lie side by side
     refused(saved, "no weights of the variant 'bf16'", saved, variant="bf16")
-    refused(saved, "no weights of the variant 'fp1'", saved, variant="fp1")
+    refused(saved, "fp1.safetensors is missing", saved, variant="fp1")
 
 
 def test_passed_components_need_no_files(tiny_pipeline, saved, assert_same):
@@ -279,6 +281,7 @@ def test_index_of_shards(sharded, tmp_path):
     index_path.write_text("{")
     refused(sharded, "cannot be read", index_path)
     index_path.unlink()
+    (sharded / "unet" / "evil.bin").unlink()
     refused(sharded, "is missing", sharded / "unet" / WEIGHTS)
     assert not (tmp_path / "ran").exists()
 
@@ -561,7 +564,7 @@ def test_single_file_keeps_the_scheduler(paper_pipeline, checkpoint):
         pipe = DiffusionADPipeline(paper_pipeline.unet, paper_pipeline.segmentation, scheduler, image_size=32)
         pipe.save_single_file(checkpoint)
         loaded = DiffusionADPipeline.from_single_file(checkpoint)
-        assert loaded.scheduler.config == scheduler.config
+        assert public(loaded.scheduler.config) == public(scheduler.config)
         assert torch.equal(loaded.scheduler.alphas_cumprod, scheduler.alphas_cumprod)
 
 
@@ -605,9 +608,9 @@ def test_damaged_old_format(tmp_path):
         damaged = bytearray(content)
         damaged[position] = int(torch.randint(256, (1,), generator=random))
         path.write_bytes(damaged)
-        unreadable(path, "")
+        unreadable(path, "cannot be read|needs the entries")
         path.write_bytes(content[:position])
-        unreadable(path, "")
+        unreadable(path, "cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -660,8 +663,8 @@ def test_weights_that_do_not_fit(checkpoint, name):
 def test_left_out_args_are_the_papers(paper_pipeline, checkpoint):
     rewrite(checkpoint, lambda content: {**content, "args": {"img_size": [32, 32], "condition_w": ""}})
     loaded = DiffusionADPipeline.from_single_file(checkpoint)
-    assert loaded.scheduler.config == NormGuidedOneStepScheduler().config
-    assert loaded.unet.config == paper_pipeline.unet.config
+    assert public(loaded.scheduler.config) == public(NormGuidedOneStepScheduler().config)
+    assert public(loaded.unet.config) == public(paper_pipeline.unet.config)
     for args in (None, {}, collections.defaultdict(str)):  # without the size it is a network for 256 pixels
         rewrite(checkpoint, lambda content, args=args: {**content, "args": args})
         unreadable(checkpoint, "does not hold the authors' networks")
@@ -712,7 +715,7 @@ def test_args_of_another_kind(checkpoint, args):
         {"prediction_type": "v_prediction"},
         {"beta_schedule": "scaled_linear"},
         {"beta_end": 0.03},
-        {"num_train_timesteps": 500},
+        {"beta_start": 1e-4, "num_train_timesteps": 500},  # theirs would start at 2e-4
         {"trained_betas": [0.1] * 1000},
         {"clip_sample": False},
         {"clip_sample_range": 2.0},

@@ -66,7 +66,9 @@ def predict(
         pipe.to(device or default_device())
         output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as error:
-        raise typer.BadParameter(str(error)) from None
+        # Without a box around it, so that paths stay whole and can be copied.
+        Console(stderr=True).print(f"Error: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
     pipe.set_progress_bar_config(disable=True)
 
     rows: list[dict[str, Any]] = []

@@ -358,7 +358,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         config = self.scheduler.config
         args = {
             "T": config.num_train_timesteps,
-            "beta_schedule": "cosine" if config.beta_schedule == "squaredcos_cap_v2" else config.beta_schedule,
+            "beta_schedule": "cosine" if config.beta_schedule == "squaredcos_cap_v2" else "linear",
             "condition_w": config.guidance_scale,
             "eval_normal_t": config.small_timestep,
             "eval_noisier_t": config.large_timestep,

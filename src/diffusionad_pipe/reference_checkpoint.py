@@ -6,7 +6,6 @@ with `weights_only=True` and a two-name allow-list, so a pickle that would run c
 
 import json
 import os
-import pickle
 from collections import defaultdict
 from typing import Any
 
@@ -49,13 +48,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        # torch's own message goes on to recommend weights_only=False, which is just what must not be done.
-        cause = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    except Exception as error:  # damage comes out of an unpickler as any kind of error
+        # torch's own message recommends weights_only=False, which is just what must not be done.
+        lines = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()
+        cause = next((line for line in lines if line.strip() and "weights_only" not in line), type(error).__name__)
         raise ValueError(
             f"{path} cannot be read as a checkpoint of the authors' code. It is damaged, or a pickle that holds more "
             f"than tensors and plain settings; nothing in it was run. Copy it again from its source. "
-            f"({cause.strip().splitlines()[0] if cause.strip() else type(error).__name__})"
+            f"({cause.partition('. ')[0].strip()})"
         ) from None
     keys = ("unet_model_state_dict", "seg_model_state_dict")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), dict) for key in keys):
@@ -90,17 +90,18 @@ def build_networks(
             segmentation = SegmentationUNet2DModel(
                 base_channels=int(segmentation_state["encoder_segment.block1.0.weight"].shape[0])
             )
-        for network, state, names in (
-            (unet, unet_from_reference(unet, unet_state), "unet_model_state_dict"),
-            (segmentation, segmentation_from_reference(segmentation_state), "seg_model_state_dict"),
+        for names, theirs, state in (
+            ("unet_model_state_dict", unet_to_reference(unet), unet_state),
+            ("seg_model_state_dict", segmentation_to_reference(segmentation.state_dict()), segmentation_state),
         ):
-            expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+            expected = {key: tuple(value.shape) for key, value in theirs.items()}
             found = {key: tuple(value.shape) for key, value in state.items()}
             if expected != found:
-                wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+                wrong = [key for key in expected | found if expected.get(key) != found.get(key)]
                 raise ValueError(f"{names}: {len(wrong)} entries do not fit, such as {wrong[0]}")
-            network.load_state_dict(state, assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        unet.load_state_dict(unet_from_reference(unet, unet_state), assign=True)
+        segmentation.load_state_dict(segmentation_from_reference(segmentation_state), assign=True)
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError, ArithmeticError) as error:
         cause = f"the entry {error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(
             f"{path} does not hold the authors' networks as its args describe them: {cause}. "
@@ -124,18 +125,20 @@ def build_scheduler(checkpoint: dict[str, Any], path: str | os.PathLike[str]) ->
     args = checkpoint.get("args") or {}
     settings = {k: default if args.get(k) in (None, "") else args[k] for k, default in defaults.items()}
     try:
-        steps, schedule = int(settings["T"]), settings["beta_schedule"]
+        steps = int(settings["T"])
+        schedule = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[settings["beta_schedule"]]
+        # Their linear schedule scales with the number of steps; the cosine has no such bounds.
+        scale = 1000 / steps if schedule == "linear" else 1
         return NormGuidedOneStepScheduler(
             num_train_timesteps=steps,
-            # Their linear schedule ends at the same noise for every number of steps.
-            beta_start=1000 / steps * 1e-4 if schedule == "linear" else 1e-4,
-            beta_end=1000 / steps * 0.02 if schedule == "linear" else 0.02,
-            beta_schedule="squaredcos_cap_v2" if schedule == "cosine" else schedule,
+            beta_start=scale * 1e-4,
+            beta_end=scale * 0.02,
+            beta_schedule=schedule,
             small_timestep=int(settings["eval_normal_t"]),
             large_timestep=int(settings["eval_noisier_t"]),
             guidance_scale=float(settings["condition_w"]),
         )
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{path} has args that are no settings of the authors' code ({error}): {settings}") from error
 
 

@@ -129,7 +129,9 @@ def _check_transformers_model(folder: Path, model_class: Any, variant: str | Non
         _, report = model_class.from_pretrained(
             folder, device_map="meta", output_loading_info=True, use_safetensors=True, local_files_only=True, **options
         )
-    except (OSError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except ImportError:  # accelerate is missing; the message says so
+        raise
+    except Exception as error:  # transformers has many kinds
         raise _misfit(folder, str(error)) from error
     causes = [f"{kind.replace('_', ' ')} {sorted(keys)[0]}" for kind, keys in report.items() if keys]
     if causes:
