@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
 
@@ -48,7 +49,7 @@ def decide(score: float | None, threshold: float) -> dict[str, str | float | Non
     if score is None:
         verdict, explanation = "No result yet", "Choose an example, or a picture of your own."
     elif not threshold:
-        verdict, explanation = "Not decided", f"Score {score:.3f}. No threshold is set; Advanced has a slider."
+        verdict, explanation = "Not decided", f"Score {score:.3f}. No threshold is set: see Advanced."
     elif score > threshold:
         verdict, explanation = "Defective", f"Score {score:.3f}, above the threshold of {threshold:.3f}."
     else:
@@ -160,7 +161,7 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(600, 1800)) as demo:
                     reconstruction = gr.ImageSlider(label="Picture | reconstruction", format="png")
 
     results = [verdict, score, heatmap, reconstruction]
-    detection = {
+    detection: dict[str, Any] = {
         "fn": detect,
         "inputs": [picture, threshold, *settings],
         "outputs": results,
@@ -168,7 +169,7 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(600, 1800)) as demo:
         "concurrency_limit": 1,
         "trigger_mode": "always_last",
     }
-    # Input is an upload, a snapshot or a removal. An example is none, and for `change` an upload counts twice.
+    # Input is an upload, a snapshot or a removal; an example is none. For `change`, an upload counts twice.
     for event in (
         gr.on([button.click, picture.input], **detection, api_name="detect"),
         examples.load_input_event.then(**detection, api_visibility="private"),
@@ -180,9 +181,10 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(600, 1800)) as demo:
 demo.queue(max_size=20)
 
 if __name__ == "__main__":
-    # The fonts are the visitor's own: none is downloaded.
-    fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("monospace",)}
-    theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", **fonts)
+    # Fonts that the visitor's system has: none is downloaded.
+    theme = gr.themes.Default(
+        primary_hue="indigo", neutral_hue="slate", font=("system-ui", "sans-serif"), font_mono="monospace"
+    )
     demo.launch(
         theme=theme,
         css_paths=HERE / "style.css",

@@ -105,7 +105,9 @@ def test_broken_files_are_reported_and_the_rest_goes_on(model: Path, folder: Pat
         (["{tmp}/pictures", "--model", "{model}", "--device", "tpu9"], "device"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(model: Path, folder: Path, tmp_path: Path, arguments: list[str], cause: str) -> None:
+def test_wrong_usage_is_exit_code_2(
+    model: Path, folder: Path, tmp_path: Path, arguments: list[str], cause: str
+) -> None:
     filled = [argument.format(tmp=tmp_path, model=model) for argument in arguments]
     result = predict(*filled, "--output", tmp_path / "out")
     assert result.exit_code == 2, result.output

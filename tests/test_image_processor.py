@@ -97,9 +97,7 @@ def test_half_precision_and_bool_are_read():
     assert torch.equal(read(UNIT.half()), UNIT.half().float())
     assert torch.equal(read(UNIT.bfloat16()), UNIT.bfloat16().float())
     assert torch.equal(read(PIXELS > 99), (UNIT * 255 > 99.5).float())
-    assert torch.equal(
-        read(torch.from_numpy(PIXELS[..., 0] > 99)), (UNIT[:1] * 255 > 99.5).float().expand(3, -1, -1)
-    )
+    assert torch.equal(read(torch.from_numpy(PIXELS[..., 0] > 99)), (UNIT[:1] * 255 > 99.5).float().expand(3, -1, -1))
 
 
 def test_lists_mix_kinds_and_sizes(processor):
@@ -139,9 +137,7 @@ def test_colour_modes(mode):
 
 def test_cmyk_and_lab():
     assert shade(read(plain("CMYK", (0, 255, 255, 0)))) == (255, 0, 0)
-    to_lab = ImageCms.buildTransform(
-        ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
-    )
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
     lab = ImageCms.applyTransform(plain("RGB", COLOUR), to_lab)
     assert np.abs(np.subtract(shade(read(lab)), COLOUR)).max() <= 2
 
@@ -253,9 +249,7 @@ def test_animations_are_refused_but_phone_jpegs_read():
     image = Image.fromarray(PIXELS)
     more = {"save_all": True, "append_images": [image.rotate(180)]}
     for kind in ("GIF", "PNG", "TIFF"):
-        with pytest.raises(
-            ValueError, match=r"several frames; choose one by image\.seek\(0\) and image\.copy\(\)"
-        ):
+        with pytest.raises(ValueError, match=r"several frames; choose one by image\.seek\(0\) and image\.copy\(\)"):
             read(stored(image, kind, **more))
     first = stored(image, "GIF", **more)
     first.seek(0)

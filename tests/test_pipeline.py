@@ -73,9 +73,7 @@ def test_generators(tiny_pipeline: DiffusionADPipeline) -> None:
 
     images = pictures(3)
     one_by_one = tiny_pipeline(images, generator=seeded(1, 2, 3), batch_size=1, output_type="pt").anomaly_maps
-    assert torch.equal(
-        one_by_one[2:], tiny_pipeline(images[2], generator=seeded(3), output_type="pt").anomaly_maps
-    )
+    assert torch.equal(one_by_one[2:], tiny_pipeline(images[2], generator=seeded(3), output_type="pt").anomaly_maps)
     shared = [
         tiny_pipeline(images, generator=seeded(1)[0], batch_size=size, output_type="pt").anomaly_maps for size in (1, 3)
     ]
@@ -190,7 +188,7 @@ def test_two_threads_share_a_pipeline(tiny_pipeline: DiffusionADPipeline) -> Non
     images = pictures(2)
     scales = ((10, 900), (200, 400))
     expected = [
-        tiny_pipeline(images, small_timestep=s, large_timestep=l, output_type="pt").anomaly_maps for s, l in scales
+        tiny_pipeline(images, small_timestep=s, large_timestep=b, output_type="pt").anomaly_maps for s, b in scales
     ]
     wrong = []
 

@@ -107,7 +107,7 @@ def test_trained_betas() -> None:
 def test_two_threads_do_not_disturb_each_other() -> None:
     scheduler = NormGuidedOneStepScheduler()
     _, noise = pictures_and_noise()
-    pairs = [torch.tensor([s, l]) for s, l in ((10, 20), (200, 400), (500, 999), (0, 1))]
+    pairs = [torch.tensor(pair) for pair in ((10, 20), (200, 400), (500, 999), (0, 1))]
     expected = [scheduler.step(noise, pair, noise.flip(0)).prev_sample for pair in pairs]
     wrong = []
 

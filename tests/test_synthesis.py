@@ -71,7 +71,7 @@ def test_augmenters(augmenter) -> None:
     results = [augmenter(image, sample_generator(seed)) for seed in range(8)]
     for result in results:
         assert result.shape == image.shape and result.isfinite().all()
-        assert -1e-6 <= result.min() and result.max() <= 1 + 1e-6
+        assert result.min() >= -1e-6 and result.max() <= 1 + 1e-6
     assert torch.equal(results[0], augmenter(image, sample_generator(0)))
     assert any(not torch.equal(result, image) for result in results)
 

@@ -35,7 +35,11 @@ TINY = {
 
 
 def command(config: Path, output: Path, *flags: str, launch: bool = False) -> list[str]:
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"] if launch else [sys.executable]
+    start = (
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+        if launch
+        else [sys.executable]
+    )
     return [*start, str(ROOT / "training" / "train.py"), "--config", str(config), "--output_dir", str(output), *flags]
 
 
@@ -99,7 +103,9 @@ def test_resuming_after_a_kill_is_bit_exact(trained: Path, config: Path, tmp_pat
         file = f"{network}/diffusion_pytorch_model.safetensors"
         whole, resumed = load_file(trained / file), load_file(output / file)
         assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
-    assert json.loads((trained / "model_index.json").read_text()) == json.loads((output / "model_index.json").read_text())
+    assert json.loads((trained / "model_index.json").read_text()) == json.loads(
+        (output / "model_index.json").read_text()
+    )
 
 
 def test_sigterm_saves_and_leaves(config: Path, tmp_path: Path) -> None:

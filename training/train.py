@@ -20,6 +20,7 @@ import sys
 import time
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,7 +162,7 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainingConfig:
     return config
 
 
-def read_pictures(paths: list[str | Path], resolution: int, what: str) -> torch.Tensor:
+def read_pictures(paths: Sequence[str | Path], resolution: int, what: str) -> torch.Tensor:
     """Decode pictures once, `[N, 3, H, W]` uint8. Unreadable ones are listed and left out."""
     processor = DiffusionADImageProcessor()
     pictures, failures = [], []
@@ -236,7 +237,9 @@ def main(config: TrainingConfig) -> int:
         project_dir=config.output_dir,
     )
     logging.basicConfig(
-        format="%(asctime)s %(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR, force=True
+        format="%(asctime)s %(message)s",
+        level=logging.INFO if accelerator.is_main_process else logging.ERROR,
+        force=True,
     )
     output_dir = Path(config.output_dir)
     resume_from = None
@@ -270,7 +273,7 @@ def main(config: TrainingConfig) -> int:
     is_held_out = torch.zeros(len(pictures), dtype=torch.bool)
     is_held_out[torch.linspace(0, len(pictures) - 1, held_out_count + 2)[1:-1].round().long()] = True
 
-    synthesis = {
+    synthesis: dict[str, typing.Any] = {
         "textures": textures,
         "foreground": config.foreground,
         "texture_probability": config.texture_probability,
@@ -300,7 +303,10 @@ def main(config: TrainingConfig) -> int:
         if sample["labels"] == probability
     ]
     logger.info(
-        "%d good pictures to train on, %d held out, %d textures", int((~is_held_out).sum()), held_out_count, len(textures)
+        "%d good pictures to train on, %d held out, %d textures",
+        int((~is_held_out).sum()),
+        held_out_count,
+        len(textures),
     )
 
     # 2. Networks, started from the seed
@@ -327,9 +333,7 @@ def main(config: TrainingConfig) -> int:
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         segmentation.enable_gradient_checkpointing()
-    ema = EMAModel(
-        [*unet.parameters(), *segmentation.parameters()], decay=config.ema_decay, foreach=True
-    )
+    ema = EMAModel([*unet.parameters(), *segmentation.parameters()], decay=config.ema_decay, foreach=True)
     ema.to(accelerator.device)
 
     # 3. Optimizer: one, with a learning rate for each network
@@ -372,7 +376,7 @@ def main(config: TrainingConfig) -> int:
         if config.ema_decay > 0:
             ema.copy_to([parameter for copy in copies for parameter in copy.parameters()])
         copies = [copy.to(accelerator.device).eval() for copy in copies]
-        return DiffusionADPipeline(*copies, scheduler, image_size=config.resolution)
+        return DiffusionADPipeline(copies[0], copies[1], scheduler, image_size=config.resolution)
 
     def log(entry: dict[str, float]) -> None:
         if accelerator.is_main_process:

@@ -3,7 +3,8 @@
 import csv
 import json
 import time
-from enum import Enum
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ COLUMNS = ("path", "score", "decision", "threshold", "seconds", "error")
 HIGHEST_SHOWN_ROWS = 60
 
 
-class MapFormat(str, Enum):
+class MapFormat(StrEnum):
     """How anomaly maps are stored: 16-bit PNG (65535 is 1), or float32 NumPy."""
 
     png16 = "png16"
@@ -158,7 +159,7 @@ def predict_batch(
                 map_16 = Image.fromarray((anomaly_map * 65535).round().astype(np.uint16))
                 write_atomically(output / f"{name}_map.png", map_16.save)
             elif maps is MapFormat.npy:
-                write_atomically(output / f"{name}_map.npy", lambda path, m=anomaly_map: np.save(path, m))
+                write_atomically(output / f"{name}_map.npy", partial(np.save, arr=anomaly_map))
         except OSError as error:
             rows[file]["error"] = f"{output / name}: could not be written ({error.strerror}): free some space"
     seconds = (time.perf_counter() - started) / len(readable)
@@ -187,7 +188,9 @@ def print_table(rows: list[dict[str, Any]], output: Path, console: Console) -> N
     judged = sorted((row for row in rows if row["score"] is not None), key=lambda row: -row["score"])
     styles = {"defective": "bold red", "good": "green", None: ""}
     for row in judged[:HIGHEST_SHOWN_ROWS]:
-        table.add_row(row["path"], f"{row['score']:.4f}", row["decision"] or "no threshold", style=styles[row["decision"]])
+        table.add_row(
+            row["path"], f"{row['score']:.4f}", row["decision"] or "no threshold", style=styles[row["decision"]]
+        )
     console.print(table)
     if len(judged) > HIGHEST_SHOWN_ROWS:
         console.print(f"... and {len(judged) - HIGHEST_SHOWN_ROWS} more, in the tables below")

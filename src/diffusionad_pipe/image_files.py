@@ -49,9 +49,7 @@ def open_image(path: PathLike, *, max_pixels: int = 100_000_000) -> Image.Image:
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
-            raise ImageFileError(
-                f"{path}: this is a folder; give a picture in it, or list it with find_images"
-            )
+            raise ImageFileError(f"{path}: this is a folder; give a picture in it, or list it with find_images")
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
             raise ImageFileError(f"{path}: this is not a regular file; copy the picture into one")
         with open(path, "rb") as file:
@@ -85,9 +83,7 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
         files = _search(path) if path.is_dir() else [path]
         if not files:
             suffixes = " ".join(IMAGE_SUFFIXES)
-            raise ImageFileError(
-                f"{path}: this folder has no pictures; their names must end in one of {suffixes}"
-            )
+            raise ImageFileError(f"{path}: this folder has no pictures; their names must end in one of {suffixes}")
         for file in files:
             found.setdefault(os.path.abspath(file), file)
     return list(found.values())
@@ -111,9 +107,7 @@ def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
 
 def _search(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
-        raise ImageFileError(
-            f"{error.filename}: the folder may not be read; change its permissions"
-        ) from error
+        raise ImageFileError(f"{error.filename}: the folder may not be read; change its permissions") from error
 
     files: list[Path] = []
     seen: set[str] = set()  # links may lead in circles
@@ -135,9 +129,7 @@ def _decode(file: BinaryIO, path: PathLike, max_pixels: int) -> Image.Image:
     try:
         image = _identify(file, head, path)
         if image is None:
-            raise ImageFileError(
-                f"{path}: this is not a picture but {_describe(head)}; give a PNG or JPEG file"
-            )
+            raise ImageFileError(f"{path}: this is not a picture but {_describe(head)}; give a PNG or JPEG file")
         width, height = image.size
         if width * height > max_pixels:
             raise ImageFileError(
@@ -146,9 +138,7 @@ def _decode(file: BinaryIO, path: PathLike, max_pixels: int) -> Image.Image:
             )
         # The further images of an MPO, the JPEG of many phones, are previews and depths of the first one.
         if getattr(image, "is_animated", False) and image.format != "MPO":
-            raise ImageFileError(
-                f"{path}: the file has several frames or pages; save the one to use as a PNG"
-            )
+            raise ImageFileError(f"{path}: the file has several frames or pages; save the one to use as a PNG")
         image.load()
     except ImageFileError:
         raise

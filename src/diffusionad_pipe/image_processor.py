@@ -53,9 +53,7 @@ class DiffusionADImageProcessor:
         self.min_side = min_side
         self.max_aspect_ratio = max_aspect_ratio
 
-    def preprocess(
-        self, images: Pictures, height: int, width: int
-    ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    def preprocess(self, images: Pictures, height: int, width: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Turn pictures of any kind and size into one batch.
 
         Args:
@@ -81,7 +79,7 @@ class DiffusionADImageProcessor:
 
     def postprocess(
         self, tensor: torch.Tensor, output_type: str, sizes: Sequence[tuple[int, int]] | None = None
-    ) -> torch.Tensor | NDArray[Any] | list[torch.Tensor] | list[NDArray[Any]] | list[Image.Image]:
+    ) -> Any:
         """Turn a batch of the pipeline into pictures or maps of the caller's kind and sizes.
 
         Args:
@@ -239,9 +237,7 @@ class DiffusionADImageProcessor:
         if title:
             text, room = " ".join(title.split()), full_width - 2 * margin  # one line
             if title_font.getlength(text) > room:
-                fits = bisect(
-                    range(len(text)), room, key=lambda n: round(title_font.getlength(text[:n] + "..."))
-                )
+                fits = bisect(range(len(text)), room, key=lambda n: round(title_font.getlength(text[:n] + "...")))
                 text = text[: fits - 1] + "..."
             draw.text((margin, margin), text, PANEL_INK, title_font)
         for index, (caption, tensor) in enumerate(columns.items()):
@@ -360,7 +356,7 @@ def _to_unit_range(array: NDArray[Any] | torch.Tensor) -> torch.Tensor:
     if not values.isfinite().all():
         raise ValueError("the values include NaN or infinity; replace them first")
     low, high = values.min().item(), values.max().item()
-    if -TOLERANCE <= low and high <= 1 + TOLERANCE:
+    if low >= -TOLERANCE and high <= 1 + TOLERANCE:
         return values.clamp(0, 1)
     found = f"float values must be in [0, 1], not {low:.3g} to {high:.3g}"
     if low < 0:
@@ -417,9 +413,7 @@ def _colourize(level: torch.Tensor) -> torch.Tensor:
     return torch.lerp(colours[below], colours[below + 1], (position - below)[..., None]).permute(2, 0, 1)
 
 
-def _overlay(
-    picture: torch.Tensor, level: torch.Tensor, opacity: float, vmin: float, vmax: float
-) -> torch.Tensor:
+def _overlay(picture: torch.Tensor, level: torch.Tensor, opacity: float, vmin: float, vmax: float) -> torch.Tensor:
     """Blend a map `[h, w]` over RGB `[3, h, w]`, the more the higher its value."""
     if not vmin < vmax:
         raise ValueError(f"vmin must be below vmax, not {vmin} and {vmax}")

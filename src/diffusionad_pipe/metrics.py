@@ -95,7 +95,9 @@ def evaluate_maps(
     scores = np.asarray(image_scores, dtype=np.float64)
     for index, (anomaly_map, mask) in enumerate(zip(anomaly_maps, masks, strict=True)):
         if np.shape(anomaly_map) != mask.shape:
-            raise ValueError(f"map {index} is {np.shape(anomaly_map)} and its mask {mask.shape}: resize the mask (nearest)")
+            raise ValueError(
+                f"map {index} is {np.shape(anomaly_map)} and its mask {mask.shape}: resize the mask (nearest)"
+            )
         if not (np.isfinite(anomaly_map).all() and np.isfinite(scores[index])):
             raise ValueError(f"map or score {index} is not finite")
     if len(set(image_labels)) < 2:

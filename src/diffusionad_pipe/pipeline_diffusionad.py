@@ -46,11 +46,11 @@ class DiffusionADPipelineOutput(BaseOutput):
         is_anomalous: `[B]`, where the score is above `image_threshold`. None without that threshold.
     """
 
-    anomaly_maps: torch.Tensor | np.ndarray | list[Any]
-    anomaly_scores: torch.Tensor | np.ndarray
-    reconstructions: torch.Tensor | np.ndarray | list[Any]
-    predicted_masks: torch.Tensor | np.ndarray | list[Any] | None
-    is_anomalous: torch.Tensor | np.ndarray | None
+    anomaly_maps: Any
+    anomaly_scores: Any
+    reconstructions: Any
+    predicted_masks: Any
+    is_anomalous: Any
 
 
 class DiffusionADPipeline(DiffusionPipeline):
@@ -116,7 +116,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> DiffusionADPipelineOutput | tuple[Any, ...]:
+    ) -> Any:
         """Detect anomalies.
 
         Args:
@@ -201,12 +201,13 @@ class DiffusionADPipeline(DiffusionPipeline):
         pixels = int(top_k) if top_k >= 1 else round(top_k * height * width)
         scores = all_maps.flatten(1).topk(min(max(pixels, 1), height * width)).values.mean(1)  # [N]
 
-        # 7. Back to the pictures' own sizes, and decisions where thresholds are set.
-        masks = is_anomalous = None
+        # 7. Decisions, where thresholds are set; pixels are judged at the pictures' own sizes.
+        masks: Any = None
+        is_anomalous: Any = None
         if self.config.pixel_threshold is not None:
-            resized = self.image_processor.resize_to(all_maps, sizes)
-            binary = [(m > self.config.pixel_threshold).float()[None] for m in resized]  # [1, 1, h, w] each
-            masks = [self.image_processor.postprocess(m, output_type)[0] for m in binary]
+            resized = self.image_processor.resize_to(all_maps, sizes)  # [1, h, w] each
+            binary = [(m > self.config.pixel_threshold).float() for m in resized]
+            masks = [self.image_processor.postprocess(m[None], output_type)[0] for m in binary]
             if output_type != "pil":
                 masks = [m > 0.5 for m in masks]
                 if len(set(sizes)) == 1:

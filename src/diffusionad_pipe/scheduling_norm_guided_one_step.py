@@ -5,7 +5,7 @@ predictions for both noise scales and returns the finished reconstruction. It ke
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class NormGuidedOneStepSchedulerOutput(BaseOutput):
     noised_large: torch.Tensor
 
 
-class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
     """Noises pictures at two scales and joins the two one-step predictions by norm guidance.
 
     The large scale hides a defect wholly, so its prediction is free of it but coarse; the small scale keeps the
@@ -110,9 +110,7 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[m
         """Return the sample unchanged: this family of schedulers does not scale the network's input."""
         return sample
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Noise pictures: x_t = √ᾱ_t · x0 + √(1−ᾱ_t) · ε (paper, equation 1).
 
         Args:
@@ -159,7 +157,7 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[m
         sample: torch.Tensor,
         guidance_scale: float | None = None,
         return_dict: bool = True,
-    ) -> NormGuidedOneStepSchedulerOutput | tuple[torch.Tensor, ...]:
+    ) -> Any:
         """Join the predictions for both noise scales into one reconstruction.
 
         Args:

@@ -1,6 +1,6 @@
 """Endless training draws from a few normal pictures, each a function of (seed, epoch, index) alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Dataset
@@ -10,7 +10,7 @@ from .objective import sample_timesteps
 from .synthesis import sample_generator, synthesize_anomaly, uniform
 
 
-class SyntheticAnomalyDataset(Dataset):
+class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
     """Draw n takes one picture of epoch n // N in that epoch's random order, flips it, maybe puts a synthetic anomaly
     on it, and brings the noise and the timesteps of its training step along. So a draw does not depend on the
     number of workers, the batch size or where a run was resumed.
@@ -68,10 +68,11 @@ class SyntheticAnomalyDataset(Dataset):
     def __len__(self) -> int:
         return self.length
 
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return (self[draw] for draw in range(self.length))
+
     def __getitem__(self, draw: int) -> dict[str, torch.Tensor]:
         """One draw: images `[3, H, W]`, masks `[1, H, W]`, labels `[]`, timesteps `[2]` and noise `[2, 3, H, W]`."""
-        if not 0 <= draw < self.length:
-            raise IndexError(draw)
         epoch, position = divmod(draw, len(self.pictures))
         order = torch.randperm(len(self.pictures), generator=sample_generator(self.seed, epoch))
         index = int(order[position])
@@ -97,9 +98,7 @@ class SyntheticAnomalyDataset(Dataset):
             anomaly_probability=self.anomaly_probability,
             texture_probability=self.texture_probability,
         )
-        timesteps = sample_timesteps(
-            1, generator, boundary=self.timestep_boundary, maximum=self.timestep_maximum
-        )
+        timesteps = sample_timesteps(1, generator, boundary=self.timestep_boundary, maximum=self.timestep_maximum)
         return {
             "images": sample.image,
             "masks": sample.mask,

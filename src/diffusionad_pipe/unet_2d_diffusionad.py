@@ -67,7 +67,7 @@ class DiffusionADUNet2DOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class DiffusionADUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):  # type: ignore[misc]
+class DiffusionADUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     """A UNet that predicts, in one step, the clean picture (or its noise) from a noised one. The defaults are
     the paper's network at 256 pixels: 131,654,403 parameters, 511 GFLOP a forward pass.
 
@@ -121,7 +121,8 @@ class DiffusionADUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):  # type: 
         # A damaged or hostile config.json must not ask for terabytes: these bounds are far above any real use.
         if not (1 <= levels <= 10 and 1 <= layers_per_block <= 16 and 1 <= patch_size <= 64):
             raise ValueError(
-                f"not a UNet configuration: {levels} levels, layers_per_block={layers_per_block}, patch_size={patch_size}"
+                f"not a UNet configuration: {levels} levels (1 to 10), layers_per_block={layers_per_block} (1 to 16), "
+                f"patch_size={patch_size} (1 to 64)"
             )
         for channels, head_count in zip(block_out_channels, heads):
             if not 1 <= channels <= 4096 or channels % norm_num_groups or channels % head_count:
@@ -225,7 +226,7 @@ class DiffusionADUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):  # type: 
             skips += block_skips
         sample = self.mid_block(sample, embedding)
         for block in self.up_blocks:
-            count = len(block.resnets)
+            count = self.config.layers_per_block + 1
             sample = block(sample, skips[-count:], embedding)
             skips = skips[:-count]
 

@@ -26,7 +26,7 @@ class SegmentationUNet2DOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class SegmentationUNet2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class SegmentationUNet2DModel(ModelMixin, ConfigMixin):
     """A U-Net that sees a picture beside its anomaly-free reconstruction and marks where they really differ.
     The defaults are the paper's network: 28,373,569 parameters.
 
@@ -95,9 +95,7 @@ class SegmentationUNet2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Heights and widths must be multiples of this many pixels."""
         return 2 ** (len(ENCODER_MULTIPLIERS) - 1)
 
-    def forward(
-        self, sample: torch.Tensor, return_dict: bool = True
-    ) -> SegmentationUNet2DOutput | tuple[torch.Tensor]:
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> SegmentationUNet2DOutput | tuple[torch.Tensor]:
         """Mark the anomalous pixels.
 
         Args:
