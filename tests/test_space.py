@@ -32,8 +32,8 @@ START_SECONDS = 120  # on a busy machine; it takes about 10
 
 def save_model(folder: Path, image_threshold: float | None) -> Path:
     torch.manual_seed(0)
-    widths, attention = (32, 64), (False, True)
-    unet = DiffusionADUNet2DModel(sample_size=64, patch_size=4, block_out_channels=widths, attention=attention)
+    blocks = {"block_out_channels": (32, 64), "attention": (False, True)}
+    unet = DiffusionADUNet2DModel(sample_size=64, patch_size=4, **blocks)
     segmentation = SegmentationUNet2DModel(base_channels=8, norm_type="group")
     scheduler = NormGuidedOneStepScheduler(prediction_type="sample")
     pipe = DiffusionADPipeline(
@@ -63,7 +63,7 @@ def server(tmp_path_factory):
     log = folder / "log.txt"
     with log.open("w") as file:
         command = [sys.executable, APP]
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
     try:
         for _ in range(10 * START_SECONDS):
             with socket.socket() as connection:

@@ -19,7 +19,7 @@ from diffusionad_pipe.cli import default_device
 from diffusionad_pipe.data import load_anomaly_dataset
 from diffusionad_pipe.image_files import write_atomically
 from diffusionad_pipe.metrics import evaluate_maps
-from diffusionad_pipe.model_card import METRIC_NAMES
+from diffusionad_pipe.model_card import METRIC_NAMES, write_results
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="folder of one category (train/good, test/*, ground_truth/*)")
     parser.add_argument("--category", help="sub-folder, where --data holds several")
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--model_card", action="store_true", help="put the results into the model's README.md")
     parser.add_argument("--output", type=Path, help="also write the metrics to this JSON file")
     arguments = parser.parse_args()
     try:
@@ -72,6 +73,10 @@ def main() -> int:
     print("| metric | value |\n|---|---|")
     for name, value in metrics.items():
         print(f"| {METRIC_NAMES[name]} | {value:.4f} |")
+    if arguments.model_card:
+        name = Path(arguments.data).name
+        source = f"Measured on the test pictures of `{name}` with `training/evaluate.py`, at the pictures' own size."
+        write_results(arguments.model, metrics, name, source)
     if arguments.output:
         text = json.dumps(metrics, indent=2) + "\n"
         write_atomically(arguments.output, lambda path: path.write_text(text, encoding="utf-8"))

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -43,6 +44,7 @@ from diffusionad_pipe import (
     open_image,
 )
 from diffusionad_pipe.data import load_anomaly_dataset
+from diffusionad_pipe.foreground import FOREGROUND_PROVIDERS
 from diffusionad_pipe.image_files import find_images, write_atomically
 from diffusionad_pipe.metrics import evaluate_maps, f1_max
 from diffusionad_pipe.model_card import write_model_card
@@ -114,6 +116,11 @@ class TrainingConfig:
     save_dtype: str = "fp16"  # of the saved weights: fp32, fp16 or bf16
     report_to: str | None = None  # tensorboard or wandb, beside log.jsonl
 
+    # For the model card
+    dataset_title: str | None = None  # what the pictures are; default: the name of their folder
+    licence: str | None = None  # of the weights, as the Hub names it: apache-2.0, cc-by-4.0, ...
+    licence_note: str | None = None  # a sentence on it, with the attribution that the pictures ask for
+
 
 def parse_arguments(arguments: list[str] | None = None) -> TrainingConfig:
     """Defaults, then the YAML file of --config, then flags."""
@@ -157,6 +164,8 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainingConfig:
         elif kind is float and isinstance(settings[name], (int, str)):
             settings[name] = float(settings[name])  # YAML reads 1e-4 as a string
     config = TrainingConfig(**settings)
+    if config.foreground not in FOREGROUND_PROVIDERS:
+        parser.error(f"--foreground must be one of {', '.join(FOREGROUND_PROVIDERS)}, not {config.foreground!r}")
     if not config.train_data_dir:
         parser.error("--train_data_dir is needed: the folder with pictures of good parts")
     return config
@@ -179,6 +188,36 @@ def read_pictures(paths: Sequence[str | Path], resolution: int, what: str) -> to
     if not pictures:
         sys.exit(f"none of the {len(paths)} {what} could be read")
     return torch.stack(pictures)
+
+
+def build_networks(
+    config: TrainingConfig,
+) -> tuple[DiffusionADUNet2DModel, SegmentationUNet2DModel, NormGuidedOneStepScheduler]:
+    """The pipeline's three components as the configuration describes them."""
+    levels = range(len(config.block_out_channels))
+    try:
+        unet = DiffusionADUNet2DModel(
+            sample_size=config.resolution,
+            patch_size=config.patch_size,
+            block_out_channels=config.block_out_channels,
+            attention=tuple(config.resolution // config.patch_size // 2**level in ATTENTION_SIZES for level in levels),
+            num_attention_heads=config.num_attention_heads,
+        )
+        segmentation = SegmentationUNet2DModel(
+            base_channels=config.segmentation_channels, norm_type=config.segmentation_norm
+        )
+        scheduler = NormGuidedOneStepScheduler(
+            prediction_type=config.prediction_type,
+            small_timestep=config.small_timestep,
+            large_timestep=config.large_timestep,
+            guidance_scale=config.guidance_scale,
+        )
+    except ValueError as error:
+        sys.exit(str(error))
+    divisor = math.lcm(unet.size_divisor, segmentation.size_divisor)
+    if config.resolution % divisor:
+        sys.exit(f"--resolution {config.resolution} must be a multiple of {divisor} for these networks")
+    return unet, segmentation, scheduler
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
@@ -311,23 +350,7 @@ def main(config: TrainingConfig) -> int:
 
     # 2. Networks, started from the seed
     set_seed(config.seed)
-    levels = range(len(config.block_out_channels))
-    unet = DiffusionADUNet2DModel(
-        sample_size=config.resolution,
-        patch_size=config.patch_size,
-        block_out_channels=config.block_out_channels,
-        attention=tuple(config.resolution // config.patch_size // 2**level in ATTENTION_SIZES for level in levels),
-        num_attention_heads=config.num_attention_heads,
-    )
-    segmentation = SegmentationUNet2DModel(
-        base_channels=config.segmentation_channels, norm_type=config.segmentation_norm
-    )
-    scheduler = NormGuidedOneStepScheduler(
-        prediction_type=config.prediction_type,
-        small_timestep=config.small_timestep,
-        large_timestep=config.large_timestep,
-        guidance_scale=config.guidance_scale,
-    )
+    unet, segmentation, scheduler = build_networks(config)
     unet.train()
     segmentation.train()
     if config.gradient_checkpointing:
