@@ -81,7 +81,13 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def client(server, tmp_path):
-    return Client(server, verbose=False, analytics_enabled=False, download_files=tmp_path / "downloads")
+    return Client(
+        server,
+        verbose=False,
+        analytics_enabled=False,
+        download_files=tmp_path / "downloads",
+        httpx_kwargs={"timeout": START_SECONDS},
+    )
 
 
 def test_detect_answers_with_a_verdict_and_two_pairs_of_pictures(client):

@@ -589,7 +589,8 @@ def test_damaged_checkpoint(checkpoint, tmp_path):
     for length in (0, 1, 10, 1000, len(content) // 2, len(content) - 1):
         checkpoint.write_bytes(content[:length])
         unreadable(checkpoint, "damaged")
-    for other in (b"just some text\n", b"\x89PNG\r\n\x1a\n", b"<html></html>", b"\x80\x05.", b"(lp0\n.", b"}", b"I5\n."):
+    pickles = (b"\x80\x05.", b"(lp0\n.", b"}", b"I5\n.")  # cut short, or of plain values
+    for other in (b"just some text\n", b"\x89PNG\r\n\x1a\n", b"<html></html>", *pickles):
         checkpoint.write_bytes(other)
         unreadable(checkpoint, "damaged")
     checkpoint.unlink()

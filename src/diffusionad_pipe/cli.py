@@ -99,17 +99,14 @@ def default_device() -> str:
 
 
 def output_names(files: list[Path]) -> dict[Path, str]:
-    """A name without suffix for each picture's outputs: its stem, with as many of its folders as tell it apart."""
-    names: dict[Path, str] = {}
-    for depth in range(1, max((len(file.parts) for file in files), default=1) + 1):
-        candidates = {file: "_".join(file.with_suffix("").parts[-depth:]).strip("/\\") for file in files}
-        names = {file: candidates[file] if file not in names else names[file] for file in files}
-        taken = list(names.values())
-        names = {file: name for file, name in names.items() if taken.count(name) == 1}
-        if len(names) == len(files):
+    """A name without suffix for each picture's outputs: its stem, after as many of its folders as tell all apart."""
+    deepest = max(len(file.parts) for file in files)
+    for depth in range(1, deepest + 1):
+        names = {file: "_".join(file.with_suffix("").parts[-depth:]).strip("/\\") for file in files}
+        if len(set(names.values())) == len(files):
             return names
-    # Only pictures that differ by their suffix alone are left.
-    return {file: names.get(file, file.name.replace(".", "_")) for file in files}
+    # Pictures that differ by their suffix alone keep it.
+    return {file: "_".join(file.parts).strip("/\\").replace(".", "_") for file in files}
 
 
 def predict_batch(

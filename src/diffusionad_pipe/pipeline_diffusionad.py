@@ -253,7 +253,9 @@ class DiffusionADPipeline(DiffusionPipeline):
                 f"{list(noise.shape)}, without a generator and with num_noise_samples=1"
             )
         if isinstance(generator, list) and len(generator) != len(pictures):
-            raise ValueError(f"{len(generator)} generators for {len(pictures)} pictures: give one for each, or one for all")
+            raise ValueError(
+                f"{len(generator)} generators for {len(pictures)} pictures: give one for each, or one for all"
+            )
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
 
@@ -289,7 +291,7 @@ class DiffusionADPipeline(DiffusionPipeline):
                 raise WeightsFileError(
                     f"there is no folder {folder!r}: give one that save_pretrained wrote, or a Hub id user/model"
                 )
-            hub_arguments = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "variant")
+            hub_arguments = ("cache_dir", "force_download", "local_files_only", "revision", "token", "variant")
             folder = cls.download(folder, **{k: kwargs[k] for k in hub_arguments if k in kwargs})
         passed = [name for name in COMPONENTS if name in kwargs]
         check_pipeline_folder(folder, kwargs.get("variant"), passed)
@@ -367,7 +369,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         theirs = build_scheduler({"args": args}, path).config
         others = {k: v for k, v in config.items() if not k.startswith("_") and np.any(theirs[k] != v)}
         if others:
-            raise ValueError(f"the authors' code has no scheduler with {others}: it predicts noise with its own schedules")
+            raise ValueError(f"the authors' code has no scheduler with {others}: it predicts noise, on its schedules")
         write_checkpoint(path, self.unet, self.segmentation, args)
 
 

@@ -42,7 +42,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             in it, or the wrong keys.
     """
     # Their settings are a defaultdict(str), which torch's safe unpickler does not fill; a plain dict serves as well.
-    allowed = [(lambda default_factory: {}, "collections.defaultdict"), (str, "builtins.str")]
+    allowed: Any = [(lambda default_factory: {}, "collections.defaultdict"), (str, "builtins.str")]
     try:
         with torch.serialization.safe_globals(allowed):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -82,7 +82,8 @@ def build_networks(
         image_size = int((args.get("img_size") or [256, 256])[0])
         config = paper_unet_config(image_size, int(unet_state["down.0.0.weight"].shape[0]))
         attention_sizes = [int(s) for s in str(args.get("attention_resolutions") or "32,16,8").split(",")]
-        config["attention"] = tuple(image_size // 2**level in attention_sizes for level in range(len(config["attention"])))
+        levels = range(len(config["attention"]))
+        config["attention"] = tuple(image_size // 2**level in attention_sizes for level in levels)
         config["num_attention_heads"] = int(args.get("num_heads") or 4)
         config["dropout"] = float(args.get("dropout") or 0)
         with torch.device("meta"):  # nothing large before the shapes are known to fit
@@ -123,7 +124,7 @@ def build_scheduler(checkpoint: dict[str, Any], path: str | os.PathLike[str]) ->
     """
     defaults = {"T": 1000, "beta_schedule": "linear", "condition_w": 1, "eval_normal_t": 200, "eval_noisier_t": 400}
     args = checkpoint.get("args") or {}
-    settings = {k: default if args.get(k) in (None, "") else args[k] for k, default in defaults.items()}
+    settings: dict[str, Any] = {k: default if args.get(k) in (None, "") else args[k] for k, default in defaults.items()}
     try:
         steps = int(settings["T"])
         schedule = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[settings["beta_schedule"]]
@@ -174,7 +175,8 @@ def write_checkpoint(
         others.append("segmentation")
     if others:
         raise ValueError(
-            f"the authors' format holds the paper's networks only, with patch_size 1 and batch norm; here differ: {others}"
+            "the authors' format holds the paper's networks only, with patch_size 1 and batch norm; "
+            f"here differ: {', '.join(others)}"
         )
     attention = [config.sample_size // 2**i for i, used in enumerate(config.attention) if used]
     checkpoint = {
@@ -245,8 +247,8 @@ def unet_from_reference(unet: DiffusionADUNet2DModel, state: StateDict) -> State
             converted |= {f"{ours}.group_norm.{kind}": state[f"{theirs}.norm.{kind}"] for kind in ("weight", "bias")}
             for kind in ("weight", "bias"):
                 # [3C, ...] holds q, k, v of the first head, then of the second, ...
-                packed = state[f"{theirs}.to_qkv.{kind}"].flatten(1) if kind == "weight" else state[f"{theirs}.to_qkv.bias"]
-                per_head = packed.unflatten(0, (heads, 3, -1))
+                packed = state[f"{theirs}.to_qkv.{kind}"]
+                per_head = (packed.flatten(1) if kind == "weight" else packed).unflatten(0, (heads, 3, -1))
                 for index, name in enumerate(("to_q", "to_k", "to_v")):
                     converted[f"{ours}.{name}.{kind}"] = per_head[:, index].flatten(0, 1).contiguous()
             converted[f"{ours}.to_out.0.weight"] = state[f"{theirs}.proj_out.weight"].squeeze(-1)

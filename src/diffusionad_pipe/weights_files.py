@@ -37,11 +37,11 @@ def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with open(path, "rb") as file:
             start = file.read(64)
         if start.startswith(b"version https://git-lfs"):
-            raise WeightsFileError(f"{path} is a Git-LFS pointer, not the weights: run `git lfs pull` in its repository")
+            raise WeightsFileError(f"{path} is a Git-LFS pointer, not the weights: run `git lfs pull` where it is")
         if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
             raise WeightsFileError(f"{path} is a pickle, which could run code and is not loaded: ask for safetensors")
         with safe_open(path, framework="pt") as tensors:  # checks that header and size agree
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsFileError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
 
@@ -70,7 +70,11 @@ def check_pipeline_folder(
                 f"{index_path} wants {name} from {entry}; only modules of {', '.join(TRUSTED_LIBRARIES)} are trusted"
             )
     if variant and not any(folder.glob(f"*/*.{variant}*.safetensors")):
-        raise WeightsFileError(f"{folder} holds no weights of the variant {variant!r}: leave variant out")
+        # The first half is diffusers' own wording, which its users and its tests look for.
+        raise WeightsFileError(
+            f"You are trying to load the model files of the `variant={variant}`, but {folder} has none: "
+            "leave variant out"
+        )
 
     for name in COMPONENTS:
         if name in passed:
@@ -113,7 +117,8 @@ def _check_component(folder: Path, component_class: type[ConfigMixin], variant: 
     found = _read_shapes(folder, "diffusion_pytorch_model", variant)
     if expected != found:
         missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-        shapes = [f"{k} is {found[k]}, not {expected[k]}" for k in expected.keys() & found.keys() if expected[k] != found[k]]
+        common = expected.keys() & found.keys()
+        shapes = [f"{k} is {found[k]}, not {expected[k]}" for k in common if expected[k] != found[k]]
         causes = [f"{len(missing)} tensors are missing, such as {missing[0]}"] if missing else []
         causes += [f"{len(unknown)} are unknown, such as {unknown[0]}"] if unknown else []
         causes += [f"{len(shapes)} have another shape: {min(shapes)}"] if shapes else []
@@ -154,7 +159,7 @@ def _read_shapes(folder: Path, stem: str, variant: str | None) -> dict[str, tupl
         if not path.is_file():
             pickles = sorted(p for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
             cause = f"{pickles[0]} is a pickle, which could run code" if pickles else f"{path} is missing"
-            raise WeightsFileError(f"{cause}, and only safetensors are loaded: ask for them, or download the model again")
+            raise WeightsFileError(f"{cause}, and only safetensors are loaded: ask for them, or download again")
         return read_safetensors_shapes(path)
 
     weight_map = _read_json(index_path).get("weight_map")
@@ -166,7 +171,7 @@ def _read_shapes(folder: Path, stem: str, variant: str | None) -> dict[str, tupl
     shards = {}
     for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():
-            raise WeightsFileError(f"{folder / name} is missing, which {index_path.name} lists: download the model again")
+            raise WeightsFileError(f"{folder / name} is missing, which {index_path.name} lists: download it again")
         shards[name] = read_safetensors_shapes(folder / name)
     return {key: shards[name][key] for key, name in weight_map.items() if key in shards[name]}
 
