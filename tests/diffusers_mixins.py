@@ -74,10 +74,6 @@ class TestPipeline(PipelineConfig, DiffusersPipelineTesterMixin):
         # No num_inference_steps to be copied to the batched call.
         super().test_inference_batch_single_identical(additional_params_copy_to_batched_inputs=[])
 
-    def test_components_function(self):
-        # image_size is a value, not a component, and dropped by the mixin, so the default is used; all else holds.
-        super().test_components_function()
-
 
 class UNetConfig(BaseModelTesterConfig):
     model_class = DiffusionADUNet2DModel
