@@ -1,41 +1,53 @@
-"""Synthetic anomalies and foregrounds, against the recipe."""
+"""Synthetic anomalies, against the recipe: DRAEM's with DiffusionAD's changes."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from diffusionad_pipe.foreground import random_foreground, threshold_foreground
+from diffusionad_pipe.augmenters import AUGMENTERS, augment, rotate
+from diffusionad_pipe.draws import integers, sample_generator, uniform
 from diffusionad_pipe.synthesis import (
-    AUGMENTERS,
-    augment,
-    perlin_mask,
+    perlin_masks,
     perlin_noise,
-    rotate,
-    sample_generator,
+    procedural_textures,
     shuffle_tiles,
-    synthesize_anomaly,
+    synthesize_anomalies,
 )
-from diffusionad_pipe.synthetic_dataset import SyntheticAnomalyDataset
+
+CPU = torch.device("cpu")
 
 
-def picture(size: int = 64, seed: int = 0) -> torch.Tensor:
-    return torch.rand(3, size, size, generator=sample_generator(seed))
+def generators(count: int, seed: int = 0) -> list[torch.Generator]:
+    return [sample_generator(seed, index) for index in range(count)]
 
 
-def texture(size: int = 64) -> torch.Tensor:
-    return (picture(size, 9) * 255).byte()
+def pictures(count: int, size: int = 64, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=sample_generator(seed))
+
+
+def textures(size: int = 64) -> torch.Tensor:
+    return (pictures(2, size, 9) * 255).byte()
 
 
 def test_a_generator_is_a_function_of_its_key() -> None:
-    draws = {torch.rand(1, generator=sample_generator(*key)).item() for key in ((0, 0), (0, 1), (1, 1), (0, 0, 1))}
-    assert len(draws) == 4
+    keys = [(0,), (0, 0), (0, 1), (1, 1), (0, 0, 1), (0, 0, 0), (2, 0), (2,)]
+    assert len({torch.rand(1, generator=sample_generator(*key)).item() for key in keys}) == len(keys)
     assert torch.equal(torch.rand(5, generator=sample_generator(1, 2)), torch.rand(5, generator=sample_generator(1, 2)))
+
+
+def test_each_sample_draws_from_its_own_generator() -> None:
+    together = uniform(-2, 3, generators(5), 4)
+    assert together.shape == (5, 4) and together.min() >= -2 and together.max() < 3
+    assert torch.equal(together[3], uniform(-2, 3, [sample_generator(0, 3)], 4)[0])
+    assert sorted(integers(1, 3, generators(60)).unique().tolist()) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("cells", [(1, 1), (4, 32), (32, 32)])
 def test_perlin_noise(cells: tuple[int, int]) -> None:
-    noise = perlin_noise(96, 128, cells, sample_generator(0))
+    noise = perlin_noise(96, 128, torch.tensor([cells]), generators(1))[0, 0]
     assert noise.shape == (96, 128) and 0.1 < noise.abs().max() <= 1.01
     # Perlin noise vanishes at the corners of its cells.
     assert noise[:: 96 // cells[0], :: 128 // cells[1]].abs().max() < 1e-4
@@ -44,148 +56,156 @@ def test_perlin_noise(cells: tuple[int, int]) -> None:
     assert noise.diff(dim=0).abs().max() < 4 * step and noise.diff(dim=1).abs().max() < 4 * step
 
 
+def test_perlin_noise_of_a_batch_is_that_of_each() -> None:
+    cells = torch.tensor([[1, 8], [32, 2], [4, 4]])
+    batch = perlin_noise(40, 56, cells, generators(3))
+    for index in range(3):
+        alone = perlin_noise(40, 56, cells[index : index + 1], [sample_generator(0, index)])
+        assert torch.equal(batch[index], alone[0])
+
+
 def test_rotation_by_right_angles_is_exact() -> None:
-    image = picture(16)
-    torch.testing.assert_close(rotate(image, 0), image, rtol=0, atol=1e-5)
-    torch.testing.assert_close(rotate(rotate(image, 90), -90), image, rtol=0, atol=1e-5)
-    turned = rotate(image, 90)
-    assert any(torch.allclose(turned, torch.rot90(image, k, (1, 2)), atol=1e-5) for k in (1, 3))
+    image = pictures(2, 16)
+    torch.testing.assert_close(rotate(image, torch.zeros(2)), image, rtol=0, atol=1e-5)
+    turned = rotate(image, torch.tensor([90.0, -90.0]))
+    torch.testing.assert_close(rotate(turned, torch.tensor([-90.0, 90.0])), image, rtol=0, atol=1e-5)
+    turns = [[torch.allclose(t, torch.rot90(i, k, (1, 2)), atol=1e-5) for k in (1, 3)] for t, i in zip(turned, image)]
+    assert sorted(turns) == [[False, True], [True, False]]
 
 
 def test_masks_stay_on_the_foreground() -> None:
-    foreground = torch.zeros(1, 64, 64)
-    foreground[:, 20:40, 10:50] = 0.7
-    coverages = []
-    for index in range(40):
-        mask = perlin_mask(foreground, sample_generator(index))
-        assert not mask[foreground == 0].any() and mask.max() <= 0.7
-        coverages.append((mask > 0).float().mean().item())
-    assert min(coverages) >= 0 and max(coverages) > 0.02
-    assert sum(c > 0 for c in coverages) >= 38  # fifty tries find the foreground nearly always
-    assert not perlin_mask(torch.zeros(1, 64, 64), sample_generator(0)).any()
+    foregrounds = torch.zeros(40, 1, 64, 64)
+    foregrounds[:, :, 20:40, 10:50] = 0.7
+    masks = perlin_masks(foregrounds, generators(40))
+    assert not masks[foregrounds == 0].any() and masks.max() <= 0.7
+    coverages = (masks > 0).float().mean((1, 2, 3))
+    assert coverages.max() > 0.02 and (coverages > 0).sum() >= 38  # fifty tries find the foreground nearly always
+    assert not perlin_masks(torch.zeros(2, 1, 64, 64), generators(2)).any()
+
+
+def test_coarse_masks_are_few_large_blobs_and_fine_ones_many() -> None:
+    """Mask coverage by scale: the share of pixels above the threshold hardly depends on it, the blobs' number does."""
+    from scipy import ndimage
+
+    blobs, coverage = {}, {}
+    for exponent in (1, 3, 5):
+        cells = torch.full((30, 2), 2**exponent)
+        masks = perlin_noise(128, 128, cells, generators(30, exponent))[:, 0] > 0.5
+        blobs[exponent] = np.mean([ndimage.label(mask)[1] for mask in masks.numpy()])
+        coverage[exponent] = masks.float().mean().item()
+    assert blobs[1] < blobs[3] / 4 < blobs[5] / 16
+    assert all(0.02 < share < 0.12 for share in coverage.values()), coverage
 
 
 @pytest.mark.parametrize("augmenter", AUGMENTERS, ids=lambda function: function.__name__)
 def test_augmenters(augmenter) -> None:
-    image = picture()
-    results = [augmenter(image, sample_generator(seed)) for seed in range(8)]
-    for result in results:
-        assert result.shape == image.shape and result.isfinite().all()
-        assert result.min() >= -1e-6 and result.max() <= 1 + 1e-6
-    assert torch.equal(results[0], augmenter(image, sample_generator(0)))
-    assert any(not torch.equal(result, image) for result in results)
+    images = pictures(1).expand(8, -1, -1, -1)
+    results = augmenter(images, generators(8))
+    assert results.shape == images.shape and results.isfinite().all()
+    assert results.min() >= -1e-6 and results.max() <= 1 + 1e-6
+    assert torch.equal(results[:1], augmenter(images[:1], generators(1)))
+    assert any(not torch.equal(result, image) for result, image in zip(results, images))
 
 
 def test_three_augmenters_are_applied() -> None:
-    outputs = [augment(picture(), sample_generator(seed)) for seed in range(20)]
+    outputs = augment(pictures(1).expand(20, -1, -1, -1), generators(20))
     assert len({round(output.mean().item(), 5) for output in outputs}) > 15
 
 
 def test_shuffled_tiles_are_the_same_tiles() -> None:
-    image = torch.arange(64.0).reshape(1, 8, 8).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    shuffled = shuffle_tiles(image, sample_generator(0))
+    image = torch.arange(64.0).reshape(1, 1, 8, 8).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    shuffled = shuffle_tiles(image, generators(1))
     assert not torch.equal(shuffled, image)
-    assert torch.equal(shuffled[0, ::2, ::2], shuffled[0, 1::2, 1::2])
+    assert torch.equal(shuffled[..., ::2, ::2], shuffled[..., 1::2, 1::2])
     assert sorted(shuffled.flatten().tolist()) == sorted(image.flatten().tolist())
-    odd = torch.rand(3, 21, 19, generator=sample_generator(1))
-    assert torch.equal(shuffle_tiles(odd, sample_generator(0))[:, 16:, :], odd[:, 16:, :])
+    odd = torch.rand(2, 3, 21, 19, generator=sample_generator(1))
+    assert torch.equal(shuffle_tiles(odd, generators(2))[:, :, 16:, :], odd[:, :, 16:, :])
+
+
+def test_procedural_textures_go_from_noise_to_plain_colour() -> None:
+    made = procedural_textures(48, 64, generators(200), CPU)
+    assert made.shape == (200, 3, 48, 64) and made.min() >= 0 and made.max() <= 1 and made.isfinite().all()
+    roughness = made.diff(dim=3).abs().mean((1, 2, 3))
+    assert roughness.min() < 0.002 and roughness.max() > 0.05
+    colours = made.mean((2, 3))
+    assert colours.min() < 0.1 and colours.max() > 0.9
 
 
 def test_composition_is_the_equation() -> None:
-    """S = (1−M)·N + M·(β·N + (1−β)·A): where A is black, S / N inside a hard mask is β itself."""
-    image, black = torch.full((3, 64, 64), 0.9), torch.zeros(3, 64, 64, dtype=torch.uint8)
-    foreground = torch.ones(1, 64, 64)
+    """S = (1−M)·N + M·(β·N + (1−β)·A): where N is known and A alike in all places, one β explains every pixel."""
+    normal = pictures(200)
+    black = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    matte = torch.full((200, 1, 64, 64), 0.6)
+    images, masks, labels = synthesize_anomalies(
+        normal, matte, black, generators(200), anomaly_probability=1, texture_probability=1
+    )
+    assert labels.min() == 1 and torch.equal(masks.unique(), torch.tensor([0.0, 0.6]))
     opacities = []
-    for index in range(200):
-        sample = synthesize_anomaly(
-            image, foreground, [black], sample_generator(index), anomaly_probability=1, texture_probability=1
-        )
-        inside, outside = sample.mask[0] == 1, sample.mask[0] == 0
-        torch.testing.assert_close(sample.image[:, outside], image[:, outside], rtol=0, atol=1e-6)
-        ratio = sample.image[:, inside].min() / 0.9
-        opacities.append(ratio.item())
-        assert sample.label == 1.0
-    # Augmenters may brighten the black texture, never darken it: β is at least 0.2 and spread up to 0.8.
-    assert min(opacities) >= 0.2 - 1e-6 and min(opacities) < 0.3
+    for image, mask, original in zip(images, masks, normal):
+        inside = mask[0] > 0
+        assert torch.equal(image[:, ~inside], original[:, ~inside])
+        # Inside, S = (0.4 + 0.6·β)·N + 0.6·(1−β)·A with a plain A per channel: a line in N whose slope is known.
+        for channel in range(3):
+            x, y = original[channel, inside].double(), image[channel, inside].double()
+            if len(x) < 3 or (y - y.mean()).abs().max() < 1e-9:
+                continue
+            slope, intercept = np.polyfit(x, y, 1)
+            residual = (y - (slope * x + intercept)).abs().max()
+            if residual < 1e-6:  # autocontrast and the like leave black plain; a rotation does too
+                opacities.append((slope - 0.4) / 0.6)
+    assert len(opacities) > 500
+    # β ~ U[0.2, 0.8)
+    assert min(opacities) >= 0.2 - 1e-5 and max(opacities) <= 0.8 + 1e-5
+    assert stats.kstest(opacities[::3], stats.uniform(0.2, 0.6).cdf).pvalue > 1e-3
 
 
 def test_half_of_the_draws_are_anomalous() -> None:
-    labels = [
-        synthesize_anomaly(picture(32), torch.ones(1, 32, 32), [texture(32)], sample_generator(5, index)).label
-        for index in range(400)
-    ]
-    assert abs(sum(labels) / 400 - 0.5) < 4 * math.sqrt(0.25 / 400)
+    labels = synthesize_anomalies(pictures(400, 32), torch.ones(400, 1, 32, 32), textures(32), generators(400)).labels
+    assert abs(labels.mean() - 0.5) < 4 * math.sqrt(0.25 / 400)
+
+
+def test_sources_are_drawn_as_often_as_asked() -> None:
+    """White pictures keep their own colour when they are their own source; black textures stay apart from both."""
+    images, black = torch.full((300, 3, 32, 32), 0.5), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+
+    def share_unchanged(**options: float) -> float:
+        made = synthesize_anomalies(
+            images, torch.ones(300, 1, 32, 32), black, generators(300), anomaly_probability=1, **options
+        )
+        flat = [made.images[i][:, made.masks[i, 0] > 0].std(dim=1).max() < 1e-3 for i in range(300)]
+        return sum(map(bool, flat)) / 300
+
+    assert share_unchanged(texture_probability=1, procedural_probability=0) > 0.9
+    assert share_unchanged(texture_probability=1, procedural_probability=1) < 0.6
 
 
 def test_empty_foreground_leaves_the_picture_normal() -> None:
-    sample = synthesize_anomaly(
-        picture(32), torch.zeros(1, 32, 32), [texture(32)], sample_generator(0), anomaly_probability=1
+    images, masks, labels = synthesize_anomalies(
+        pictures(3, 32), torch.zeros(3, 1, 32, 32), textures(32), generators(3), anomaly_probability=1
     )
-    assert sample.label == 0 and torch.equal(sample.image, picture(32))
+    assert not labels.any() and not masks.any() and torch.equal(images, pictures(3, 32))
 
 
-def test_without_textures_the_picture_itself_is_the_source() -> None:
-    sample = synthesize_anomaly(picture(32), torch.ones(1, 32, 32), [], sample_generator(1), anomaly_probability=1)
-    assert sample.label == 1 and not torch.equal(sample.image, picture(32))
+@pytest.mark.parametrize("procedural", [0.0, 0.5])
+def test_without_textures_there_is_still_a_source(procedural: float) -> None:
+    images, _, labels = synthesize_anomalies(
+        pictures(4, 32),
+        torch.ones(4, 1, 32, 32),
+        None,
+        generators(4),
+        anomaly_probability=1,
+        texture_probability=1,
+        procedural_probability=procedural,
+    )
+    assert labels.all() and not any(torch.equal(a, b) for a, b in zip(images, pictures(4, 32)))
 
 
-@pytest.mark.parametrize("background, part", [(0.1, 0.8), (0.9, 0.3)])
-def test_threshold_foreground_on_dark_and_bright_backgrounds(background: float, part: float) -> None:
-    image = torch.full((3, 96, 96), background) + 0.02 * torch.randn(3, 96, 96, generator=sample_generator(0))
-    truth = torch.zeros(96, 96, dtype=torch.bool)
-    truth[30:70, 20:60] = True
-    image[:, truth] += part - background
-    matte = threshold_foreground(image.clamp(0, 1))
-    found = matte[0] > 0.5
-    assert (found & truth).sum() / (found | truth).sum() > 0.9
-    assert 0 < ((matte > 0) & (matte < 1)).float().mean() < 0.1  # soft at the edge only
-
-
-def test_threshold_foreground_gives_up_on_textures() -> None:
-    assert threshold_foreground(torch.full((3, 64, 64), 0.5)).min() == 1
-    stripes = (torch.arange(64) % 8 < 4).float().expand(3, 64, 64)
-    assert threshold_foreground(stripes.contiguous()).min() == 1
-
-
-def test_random_foreground() -> None:
-    areas = [random_foreground(40, 60, sample_generator(index)).mean().item() for index in range(50)]
-    assert 0.05 < min(areas) < 0.4 and 0.5 < max(areas) <= 1
-
-
-def make_dataset(**options) -> SyntheticAnomalyDataset:
-    pictures = torch.stack([(picture(32, seed) * 255).byte() for seed in range(3)])
-    return SyntheticAnomalyDataset(pictures, [texture(32)], **{"length": 12, "seed": 7} | options)
-
-
-def test_draws_do_not_depend_on_workers_or_order() -> None:
-    dataset = make_dataset(foreground="random", horizontal_flip=True)
-    expected = list(dataset)
-    assert len(expected) == len(dataset) == 12
-    loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=2)
-    batches = list(loader)
-    for key in expected[0]:
-        assert torch.equal(torch.cat([batch[key] for batch in batches]), torch.stack([s[key] for s in expected])), key
-    assert torch.equal(dataset[11]["noise"], expected[11]["noise"])
-
-
-def test_every_epoch_sees_every_picture_once_and_draws_anew() -> None:
-    dataset = make_dataset(anomaly_probability=0.0)
-    originals = dataset.pictures.float() / 255
-    for epoch in range(4):
-        seen = [dataset[3 * epoch + position]["images"] for position in range(3)]
-        matches = [[torch.equal(image, original) for original in originals].index(True) for image in seen]
-        assert sorted(matches) == [0, 1, 2]
-    noises = torch.stack([dataset[draw]["noise"].flatten() for draw in range(12)])
-    assert len(noises.unique(dim=0)) == 12
-
-
-def test_timesteps_of_both_scales() -> None:
-    timesteps = torch.stack([sample["timesteps"] for sample in make_dataset(length=300)])
-    assert timesteps[:, 0].max() < 300 <= timesteps[:, 1].min() and timesteps[:, 1].max() < 1000
-    assert timesteps[:, 0].float().mean() == pytest.approx(150, abs=25)
-    assert timesteps[:, 1].float().mean() == pytest.approx(650, abs=60)
-
-
-def test_unknown_foreground() -> None:
-    with pytest.raises(ValueError, match="none, random, threshold"):
-        make_dataset(foreground="salient")
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    options = {"anomaly_probability": 0.8, "procedural_probability": 0.5}
+    images, mattes = pictures(9, 40), torch.ones(9, 1, 40, 40)
+    together = synthesize_anomalies(images, mattes, textures(40), generators(9), **options)
+    for index in range(9):
+        part = slice(index, index + 1)
+        alone = synthesize_anomalies(images[part], mattes[part], textures(40), [sample_generator(0, index)], **options)
+        torch.testing.assert_close(alone.images[0], together.images[index], rtol=0, atol=1e-6)
+        assert torch.equal(alone.masks[0], together.masks[index])

@@ -2,18 +2,24 @@
 
 The paper uses salient-object mattes for objects and a random region for textures (section III-D). A matte is soft,
 `[1, H, W]` in [0, 1]. `none` is everywhere, `random` a random region, `threshold` finds an object before a plain
-background by itself.
+background by itself, `transformers` asks a segmentation model; `folder` reads mattes made elsewhere (`training_data`).
 """
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import ndimage
 from skimage.color import rgb2lab
 from skimage.filters import threshold_otsu
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from .synthesis import uniform
+from .draws import uniform
 
-FOREGROUND_PROVIDERS = ("none", "random", "threshold")
+FOREGROUND_PROVIDERS = ("none", "random", "threshold", "folder", "transformers")
 
 
 def threshold_foreground(image: torch.Tensor) -> torch.Tensor:
@@ -53,11 +59,49 @@ def threshold_foreground(image: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(matte)[None].clamp(0, 1)
 
 
-def random_foreground(height: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """A random rectangle of a quarter to the whole of each side, matte `[1, H, W]`."""
-    matte = torch.zeros(1, height, width)
-    sides = [max(1, round(side * uniform(0.25, 1, generator))) for side in (height, width)]
-    top = int(uniform(0, height - sides[0] + 1, generator))
-    left = int(uniform(0, width - sides[1] + 1, generator))
-    matte[:, top : top + sides[0], left : left + sides[1]] = 1
-    return matte
+def random_foregrounds(height: int, width: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """A random rectangle of a quarter to the whole of each side for each generator, mattes `[B, 1, H, W]`."""
+    mattes = torch.zeros(len(generators), 1, height, width)
+    sizes = uniform(0.25, 1, generators, 2) * torch.tensor([height, width])
+    rooms = uniform(0, 1, generators, 2)
+    for matte, size, room in zip(mattes, sizes.round().long().clamp(min=1), rooms):
+        top, left = (room * (torch.tensor([height, width]) - size + 1)).long()
+        matte[:, top : top + size[0], left : left + size[1]] = 1
+    return mattes
+
+
+@lru_cache(maxsize=1)
+def _load_segmentation_model(model: str) -> tuple[Any, Any]:
+    try:
+        return AutoImageProcessor.from_pretrained(model), AutoModelForSemanticSegmentation.from_pretrained(model).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{model} is not a semantic segmentation model that transformers can load without remote code ({error}); "
+            "give such a model, or use --foreground threshold"
+        ) from error
+
+
+@torch.inference_mode()
+def segmentation_model_foreground(image: torch.Tensor, model: str) -> torch.Tensor:
+    """Everything that a semantic segmentation or salient-object model of transformers does not call background.
+
+    Args:
+        image: `[3, H, W]` in [0, 1].
+        model: Hub id or folder. With one label its logit is the foreground's; with several, what belongs to labels
+            named background, or to the first label where none is, is not foreground.
+
+    Returns:
+        Matte `[1, H, W]` in [0, 1]: probabilities.
+
+    Raises:
+        ValueError: when the model cannot be loaded.
+    """
+    processor, network = _load_segmentation_model(model)
+    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    logits = network(**processor(images=pixels, return_tensors="pt")).logits
+    logits = F.interpolate(logits.float(), size=image.shape[-2:], mode="bilinear", align_corners=False)[0]
+    if len(logits) == 1:
+        return logits.sigmoid()
+    names = network.config.id2label
+    background = [index for index in range(len(logits)) if "background" in str(names.get(index, "")).lower()] or [0]
+    return (1 - logits.softmax(0)[background].sum(0, keepdim=True)).clamp(0, 1)

@@ -109,6 +109,7 @@ def training_losses(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     guidance_scale: float | None = None,
+    normal_count: torch.Tensor | None = None,
 ) -> TrainingLosses:
     """One training forward pass: both noise scales in one call of the UNet, guidance, segmentation, losses.
 
@@ -125,6 +126,8 @@ def training_losses(
         noise: `[2, B, 3, H, W]`, small scale first.
         timesteps: `[2, B]`, small scale first.
         guidance_scale: None takes the scheduler's.
+        normal_count: what the normal pictures' losses are divided by, a scalar; None takes their number. Where a step
+            has several passes or processes, their mean number makes the sum of the gradients that of one big batch.
 
     Returns:
         [`TrainingLosses`].
@@ -137,7 +140,10 @@ def training_losses(
     per_picture = denoising_loss(scheduler, model_output, both_images, both_noise, both_timesteps)  # [2B]
     small, large = per_picture.chunk(2)
     normal = (labels == 0).float()
-    noise_loss = ((small + large) * normal).sum() / normal.sum().clamp(min=1)
+    if normal_count is None:
+        normal_count = normal.sum()
+    # A mean number may be below 1; without any normal picture the sum is 0 whatever it is divided by.
+    noise_loss = ((small + large) * normal).sum() / torch.where(normal_count > 0, normal_count, 1.0)
 
     step = scheduler.step(model_output, both_timesteps, noised, guidance_scale)
     logits = segmentation(torch.cat([images, step.prev_sample], dim=1)).logits.float()

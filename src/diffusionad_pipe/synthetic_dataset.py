@@ -1,69 +1,73 @@
 """Endless training draws from a few normal pictures, each a function of (seed, epoch, index) alone."""
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch.utils.data import Dataset
 
-from .foreground import FOREGROUND_PROVIDERS, random_foreground, threshold_foreground
+from .augmenters import rotate
+from .draws import sample_generator, uniform
+from .foreground import random_foregrounds
 from .objective import sample_timesteps
-from .synthesis import sample_generator, synthesize_anomaly, uniform
+from .synthesis import synthesize_anomalies
 
 
 class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
-    """Draw n takes one picture of epoch n // N in that epoch's random order, flips it, maybe puts a synthetic anomaly
-    on it, and brings the noise and the timesteps of its training step along. So a draw does not depend on the
-    number of workers, the batch size or where a run was resumed.
+    """Draw n takes one picture of epoch n // N in that epoch's random order, flips and turns it as declared, maybe puts
+    a synthetic anomaly on it, and brings the noise and the timesteps of its training step along. So a draw does not
+    depend on the number of workers, the batch size or where a run was resumed. Draws are made where the pictures are:
+    on the CPU or on a GPU.
 
     Args:
         pictures: N normal pictures `[N, 3, H, W]`, uint8.
-        textures: anomaly sources, uint8 `[3, H, W]` each, of the same size; may be empty.
+        textures: anomaly sources `[T, 3, H, W]`, uint8, of the size of the draws, or None.
         length: number of draws.
         seed: of everything.
-        foreground: `"none"`, `"random"` (texture categories) or `"threshold"` (objects).
+        foregrounds: mattes `[N, 1, H, W]`, uint8, where anomalies may be; `"random"`: a region of each draw's own
+            (texture categories); None: everywhere.
         anomaly_probability: share of draws with an anomaly.
         texture_probability: share of anomalies that are textures.
+        procedural_probability: share of textures that are procedural.
         horizontal_flip: flip every other draw left to right.
         vertical_flip: flip every other draw upside down.
+        crop_size: side of a random square that is cut from each draw; None keeps the whole picture.
+        rotation: turn each draw by up to so many degrees to either side; what comes in at the border is mirrored.
         timestep_boundary: first timestep of the large noise scale.
         timestep_maximum: end of the large noise scale.
-
-    Raises:
-        ValueError: for an unknown foreground provider.
     """
 
     def __init__(
         self,
         pictures: torch.Tensor,
-        textures: Sequence[torch.Tensor],
+        textures: torch.Tensor | None,
         *,
         length: int,
         seed: int,
-        foreground: str = "none",
+        foregrounds: torch.Tensor | Literal["random"] | None = None,
         anomaly_probability: float = 0.5,
         texture_probability: float = 0.5,
+        procedural_probability: float = 0.0,
         horizontal_flip: bool = False,
         vertical_flip: bool = False,
+        rotation: float = 0.0,
+        crop_size: int | None = None,
         timestep_boundary: int = 300,
         timestep_maximum: int = 1000,
     ):
-        if foreground not in FOREGROUND_PROVIDERS:
-            raise ValueError(f"foreground must be one of {', '.join(FOREGROUND_PROVIDERS)}, not {foreground!r}")
         self.pictures = pictures
         self.textures = textures
         self.length = length
         self.seed = seed
-        self.foreground = foreground
+        self.foregrounds = foregrounds
         self.anomaly_probability = anomaly_probability
         self.texture_probability = texture_probability
-        self.horizontal_flip = horizontal_flip
-        self.vertical_flip = vertical_flip
+        self.procedural_probability = procedural_probability
+        self.flips = ((horizontal_flip, -1), (vertical_flip, -2))
+        self.rotation = rotation
+        self.crop_size = crop_size
         self.timestep_boundary = timestep_boundary
         self.timestep_maximum = timestep_maximum
-        self.mattes = torch.empty(0)
-        if foreground == "threshold":
-            mattes = [threshold_foreground(picture.float() / 255) for picture in pictures]
-            self.mattes = (torch.stack(mattes) * 255).round().byte()  # [N, 1, H, W]
 
     def __len__(self) -> int:
         return self.length
@@ -73,36 +77,64 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, draw: int) -> dict[str, torch.Tensor]:
         """One draw: images `[3, H, W]`, masks `[1, H, W]`, labels `[]`, timesteps `[2]` and noise `[2, 3, H, W]`."""
-        epoch, position = divmod(draw, len(self.pictures))
-        order = torch.randperm(len(self.pictures), generator=sample_generator(self.seed, epoch))
-        index = int(order[position])
-        generator = sample_generator(self.seed, epoch, index)
+        return self.__getitems__([draw])[0]
 
-        image = self.pictures[index].float() / 255
-        height, width = image.shape[-2:]
-        if self.foreground == "threshold":
-            matte = self.mattes[index].float() / 255
-        elif self.foreground == "random":
-            matte = random_foreground(height, width, generator)
+    def __getitems__(self, draws: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Several draws at once, which is how a `DataLoader` asks for a batch."""
+        indices, generators = [], []
+        for draw in draws:
+            epoch, position = divmod(draw, len(self.pictures))
+            order = torch.randperm(len(self.pictures), generator=sample_generator(self.seed, epoch))
+            indices.append(int(order[position]))
+            generators.append(sample_generator(self.seed, epoch, indices[-1]))
+
+        images = self.pictures[indices].float() / 255
+        if isinstance(self.foregrounds, torch.Tensor):
+            foregrounds = self.foregrounds[indices].float() / 255
+        elif self.foregrounds == "random":
+            foregrounds = random_foregrounds(*images.shape[-2:], generators).to(images.device)
         else:
-            matte = torch.ones(1, height, width)
-        for flip, axis in ((self.horizontal_flip, -1), (self.vertical_flip, -2)):
-            if flip and uniform(0, 1, generator) < 0.5:
-                image, matte = image.flip(axis), matte.flip(axis)
+            foregrounds = torch.ones_like(images[:, :1])
+        images, foregrounds = self._augment(images, foregrounds, generators)
 
-        sample = synthesize_anomaly(
-            image,
-            matte,
+        samples = synthesize_anomalies(
+            images,
+            foregrounds,
             self.textures,
-            generator,
+            generators,
             anomaly_probability=self.anomaly_probability,
             texture_probability=self.texture_probability,
+            procedural_probability=self.procedural_probability,
         )
-        timesteps = sample_timesteps(1, generator, boundary=self.timestep_boundary, maximum=self.timestep_maximum)
-        return {
-            "images": sample.image,
-            "masks": sample.mask,
-            "labels": torch.tensor(sample.label),
-            "timesteps": timesteps[:, 0],
-            "noise": torch.randn(2, *image.shape, generator=generator),
-        }
+        return [
+            {
+                "images": image,
+                "masks": mask,
+                "labels": label,
+                "timesteps": sample_timesteps(
+                    1, generator, boundary=self.timestep_boundary, maximum=self.timestep_maximum
+                )[:, 0],
+                "noise": torch.randn(2, *image.shape, generator=generator),
+            }
+            for image, mask, label, generator in zip(*samples, generators)
+        ]
+
+    def _augment(
+        self, images: torch.Tensor, foregrounds: torch.Tensor, generators: Sequence[torch.Generator]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The declared augmentation of normal pictures, with their mattes."""
+        both = torch.cat([images, foregrounds], dim=1)  # [B, 4, H, W]
+        for flip, axis in self.flips:
+            if flip:
+                chosen = uniform(0, 1, generators) < 0.5
+                both[chosen] = both[chosen].flip(axis)
+        if self.rotation:
+            # Bicubic: a blurred picture would teach that normal surface is smooth.
+            degrees = uniform(-self.rotation, self.rotation, generators)
+            both = rotate(both, degrees, mode="bicubic", padding="reflection").clamp(0, 1)
+        if self.crop_size is not None and self.crop_size < min(both.shape[-2:]):
+            rooms = torch.tensor(both.shape[-2:]) - self.crop_size + 1
+            corners = (uniform(0, 1, generators, 2) * rooms).long().tolist()
+            crops = zip(both, corners)
+            both = torch.stack([p[:, y : y + self.crop_size, x : x + self.crop_size] for p, (y, x) in crops])
+        return both[:, :3], both[:, 3:]

@@ -1,0 +1,125 @@
+"""Validation of a pipeline on held-out good pictures with synthetic anomalies, and thresholds from them.
+
+Test pictures are never needed: what is chosen here is chosen on pictures that the model could have had to train on.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .metrics import evaluate_maps, f1_max
+from .pipeline_diffusionad import DiffusionADPipeline
+
+
+class Validation(NamedTuple):
+    """What a pipeline does on held-out pictures.
+
+    Args:
+        metrics: of [`evaluate_maps`].
+        image_threshold: as [`calibrate_image_threshold`] sets it.
+        pixel_threshold: as [`calibrate_pixel_threshold`] sets it.
+        anomaly_maps: `[N, 1, H, W]`.
+        reconstructions: `[N, 3, H, W]`.
+    """
+
+    metrics: dict[str, float]
+    image_threshold: float
+    pixel_threshold: float
+    anomaly_maps: torch.Tensor
+    reconstructions: torch.Tensor
+
+
+def split_held_out(count: int, fraction: float) -> torch.Tensor:
+    """Which of `count` pictures are held out, `[count]` bool: evenly spread in their order, at least one, never all.
+
+    Raises:
+        ValueError: for fewer than two pictures.
+    """
+    if count < 2:
+        raise ValueError(f"{count} readable picture: training needs some good pictures, and some to hold out")
+    held_out = min(max(1, round(fraction * count)), count - 1)
+    is_held_out = torch.zeros(count, dtype=torch.bool)
+    is_held_out[torch.linspace(0, count - 1, held_out + 2)[1:-1].round().long()] = True
+    return is_held_out
+
+
+def smallest_rate(good_count: int) -> float:
+    """The smallest false-positive rate that `good_count` calibration pictures can guarantee."""
+    return 1 / (good_count + 1)
+
+
+def calibrate_image_threshold(scores: np.ndarray, labels: np.ndarray, false_positive_rate: float) -> float:
+    """The split-conformal quantile of the good pictures' scores (Vovk et al.; Angelopoulos and Bates, 2021).
+
+    With n good pictures it is their ⌈(n + 1)(1 − α)⌉-th smallest score, so that a new good picture, exchangeable with
+    them, scores above it with probability at most α. Where n is too small for α the largest good score guarantees
+    1 / (n + 1); the threshold with the best F1 against the synthetic anomalies is then taken if it is larger still.
+
+    Args:
+        scores: `[N]` image scores.
+        labels: `[N]`, 0 for good pictures, each there once, and 1 for synthetic anomalies.
+        false_positive_rate: α in (0, 1).
+    """
+    good = np.sort(scores[labels == 0])
+    rank = math.ceil((len(good) + 1) * (1 - false_positive_rate))
+    if rank <= len(good):
+        return float(good[rank - 1])
+    return max(float(good[-1]), f1_max(labels, scores)[1])
+
+
+def calibrate_pixel_threshold(
+    maps: np.ndarray, masks: np.ndarray, labels: np.ndarray, false_positive_rate: float
+) -> float:
+    """Conformal risk control of the share of a good picture's pixels that are called defective (Angelopoulos et al.,
+    2022): the smallest threshold with (n · share + 1) / (n + 1) ≤ α on n good pictures.
+
+    Where n is too small for α it is the 1 − α quantile of the good pictures' pixels, without a guarantee, or the
+    threshold with the best F1 against the synthetic masks if that is larger.
+
+    Args:
+        maps: `[N, H, W]`.
+        masks: `[N, H, W]` bool.
+        labels: `[N]`, 0 for good pictures, each there once.
+        false_positive_rate: α in (0, 1).
+    """
+    good = maps[labels == 0]
+    share = false_positive_rate - (1 - false_positive_rate) / len(good)  # (α (n + 1) − 1) / n
+    if share >= 0:
+        return float(np.quantile(good, 1 - share, method="higher"))
+    return max(float(np.quantile(good, 1 - false_positive_rate)), f1_max(masks.ravel(), maps.ravel())[1])
+
+
+def validate(
+    pipeline: DiffusionADPipeline,
+    samples: Sequence[dict[str, torch.Tensor]],
+    *,
+    batch_size: int,
+    false_positive_rate: float = 0.01,
+) -> Validation:
+    """Run a pipeline on held-out good pictures and synthetic anomalies on them.
+
+    Args:
+        pipeline: in eval mode.
+        samples: of a [`SyntheticAnomalyDataset`], both kinds; the good pictures without augmentation, each once.
+        batch_size: of the pipeline's call.
+        false_positive_rate: for the thresholds.
+
+    Returns:
+        [`Validation`].
+    """
+    images = torch.stack([sample["images"] for sample in samples])
+    masks = torch.stack([sample["masks"] for sample in samples])[:, 0].cpu().numpy() >= 0.5
+    labels = torch.stack([sample["labels"] for sample in samples]).cpu().numpy()
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline(images, output_type="pt", batch_size=batch_size)
+    maps, scores = output.anomaly_maps[:, 0].cpu().numpy(), output.anomaly_scores.cpu().numpy()
+    return Validation(
+        evaluate_maps(list(maps), list(masks), scores, labels),
+        calibrate_image_threshold(scores, labels, false_positive_rate),
+        calibrate_pixel_threshold(maps, masks, labels, false_positive_rate),
+        output.anomaly_maps,
+        output.reconstructions,
+    )
