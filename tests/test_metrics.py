@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -39,6 +39,7 @@ def literal_au_pro(maps: np.ndarray, masks: np.ndarray, limit: float) -> float:
     density=st.sampled_from([0.02, 0.2, 0.6]),
     limit=st.sampled_from([0.05, 0.3, 1.0]),
 )
+@example(seed=49984, levels=1000, scale=1.0, density=0.6, limit=0.3)  # rises straight up at the limit
 def test_au_pro_is_exact(seed: int, levels: int, scale: float, density: float, limit: float) -> None:
     random = np.random.RandomState(seed)
     masks = random.rand(3, 12, 12) < density
@@ -80,6 +81,27 @@ def test_evaluate_maps() -> None:
         "au_pro_0.30",
         "au_pro_0.05",
     ]
+
+
+def test_a_picture_without_a_mask_counts_in_the_image_metrics_alone() -> None:
+    random = np.random.RandomState(0)
+    masks = [np.zeros((16, 16), dtype=bool) for _ in range(4)]
+    masks[2][4:8, 4:8] = masks[3][1:9, 2:5] = True
+    maps = [mask + 2 * random.rand(16, 16) for mask in masks]
+    scores, labels = [0.1, 0.6, 0.5, 0.9], [0, 0, 1, 1]
+    unmasked = [*maps, random.rand(16, 16)], [*masks, None], [*scores, 0.05], [*labels, 1]
+    metrics, alone = evaluate_maps(*unmasked), evaluate_maps(maps, masks, scores, labels)
+    assert metrics["image_auroc"] == pytest.approx(3 / 6) and alone["image_auroc"] == pytest.approx(3 / 4)
+    for name in ("pixel_auroc", "pixel_ap", "pixel_f1_max", "au_pro_0.30", "au_pro_0.05"):
+        assert metrics[name] == alone[name] < 1, name
+    with pytest.raises(ValueError, match="picture 4 has no mask .* give labels"):
+        evaluate_maps(*unmasked[:3])
+    with pytest.raises(ValueError, match="all masks are empty or missing"):
+        evaluate_maps(maps, [*masks[:2], None, None], scores, labels)
+    with pytest.raises(ValueError, match="all masks are empty or missing"):
+        evaluate_maps(maps, [None] * 4, scores, labels)
+    with pytest.raises(ValueError, match="map or score 4 is not finite"):
+        evaluate_maps([*maps, np.full((16, 16), np.nan)], *unmasked[1:])
 
 
 def test_bad_input() -> None:

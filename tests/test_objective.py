@@ -76,10 +76,11 @@ def test_mask_loss_is_finite_where_probabilities_saturate(dtype: torch.dtype) ->
     assert loss.isfinite() and logits.grad.isfinite().all() and loss.dtype == torch.float32
 
 
-def test_accumulated_gradients_equal_the_big_batch() -> None:
-    """With group norm and equally many normal pictures in each part."""
+@pytest.mark.parametrize("labels", [[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0], [1.0] * 4])
+def test_accumulated_gradients_equal_the_big_batch(labels: list[float]) -> None:
+    """With group norm, and the mean number of normal pictures of a part, however they are spread over the parts."""
     unet, segmentation, scheduler = networks("sample")
-    data = batch([0.0, 1.0, 0.0, 1.0])
+    data = batch(labels)
     parameters = [*unet.parameters(), *segmentation.parameters()]
 
     def gradients(parts: list[slice]) -> list[torch.Tensor]:
@@ -87,7 +88,9 @@ def test_accumulated_gradients_equal_the_big_batch() -> None:
             parameter.grad = None
         for part in parts:
             piece = {k: v[:, part] if k in ("noise", "timesteps") else v[part] for k, v in data.items()}
-            (training_losses(unet, segmentation, scheduler, **piece).loss / len(parts)).backward()
+            normal_count = (data["labels"] == 0).sum() / len(parts)
+            losses = training_losses(unet, segmentation, scheduler, **piece, normal_count=normal_count)
+            (losses.loss / len(parts)).backward()
         return [parameter.grad.clone() for parameter in parameters]
 
     for big, small in zip(gradients([slice(0, 4)]), gradients([slice(0, 2), slice(2, 4)])):

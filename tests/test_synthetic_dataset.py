@@ -59,7 +59,7 @@ def test_flips_and_mattes_go_together() -> None:
 def test_rotation_keeps_size_range_and_the_middle() -> None:
     dataset = make_dataset(anomaly_probability=0.0, rotation=180)
     samples = list(dataset)
-    assert all(0 <= sample["images"].min() and sample["images"].max() <= 1 for sample in samples)
+    assert all(sample["images"].min() >= 0 and sample["images"].max() <= 1 for sample in samples)
     plain = list(make_dataset(anomaly_probability=0.0))
     assert sum(torch.equal(a["images"], b["images"]) for a, b in zip(samples, plain)) == 0
 

@@ -30,25 +30,33 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def evaluate(model: str, data: str, category: str | None, batch_size: int) -> dict[str, float]:
-    """Metrics of [`evaluate_maps`], and the share of right decisions where the model has a threshold."""
+    """Metrics of [`evaluate_maps`], and the share of right decisions where the model has a threshold.
+
+    Defective pictures without a usable mask, none or an empty one, count in the image metrics alone; prints how many
+    there are.
+    """
     splits = load_anomaly_dataset(data, category=category)
     if "test" not in splits:
-        raise ValueError(f"{data} has no test pictures (test/good and test/<defect type>)")
+        raise ValueError(f"{data} has no test pictures (test/good and test/<defect type>, or MT_<Defect type>/Imgs)")
     test = splits["test"].remove_columns(["image", "mask"])
     masks_of = splits["test"].cast_column("mask", splits["test"].features["mask"].__class__(decode=False))["mask"]
 
     pipe = DiffusionADPipeline.from_pretrained(model).to(default_device())
     pipe.set_progress_bar_config(disable=True)
-    maps, masks, scores = [], [], []
+    maps, scores = [], []
     for start in tqdm(range(0, len(test), batch_size), desc="evaluating", unit="batch"):
         pictures = [open_image(path) for path in test["path"][start : start + batch_size]]
         output = pipe(pictures, output_type="np", batch_size=batch_size)
         maps += [np.asarray(m)[..., 0] for m in output.anomaly_maps]
         scores += output.anomaly_scores.tolist()
-    for anomaly_map, mask, label, path in zip(maps, masks_of, test["label"], test["path"]):
-        if mask is None and label:
-            raise ValueError(f"{path} is defective but has no mask in ground_truth")
-        masks.append(np.zeros(anomaly_map.shape, dtype=bool) if mask is None else read_mask(Path(mask["path"])))
+    masks: list[np.ndarray | None] = []
+    for anomaly_map, stored, label in zip(maps, masks_of, test["label"]):
+        mask = np.zeros(anomaly_map.shape, dtype=bool) if stored is None else read_mask(Path(stored["path"]))
+        # Nobody marked the defect, so nothing is known of this picture's pixels: calling them all good would be wrong.
+        masks.append(None if label and not mask.any() else mask)
+    left_out = sum(mask is None for mask in masks)
+    if left_out:
+        print(f"{left_out} of {len(masks)} pictures are defective without a usable mask: not in the pixel metrics")
 
     metrics = evaluate_maps(maps, masks, scores, test["label"])
     if pipe.config.image_threshold is not None:
@@ -60,7 +68,9 @@ def evaluate(model: str, data: str, category: str | None, batch_size: int) -> di
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a saved pipeline, or its Hub id")
-    parser.add_argument("--data", required=True, help="folder of one category (train/good, test/*, ground_truth/*)")
+    parser.add_argument(
+        "--data", required=True, help="folder of one category (train/good, test/*, ground_truth/*; or MT_*/Imgs)"
+    )
     parser.add_argument("--category", help="sub-folder, where --data holds several")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--model_card", action="store_true", help="put the results into the model's README.md")

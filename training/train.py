@@ -9,30 +9,28 @@ calibrate both thresholds on them, and keep the best averaged weights as a pipel
 a run that was resumed ends like one that was not.
 """
 
-import errno
 import json
 import logging
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
-from checkpoints import find_checkpoint, save_checkpoint
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
+from run_folder import push_to_hub, save_checkpoint, start_run, store_run
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from training_config import TrainingConfig, changed_settings, parse_arguments, to_plain
+from training_config import TrainingConfig, parse_arguments, to_plain
 
 from diffusionad_pipe import (
     DiffusionADPipeline,
@@ -61,6 +59,8 @@ class Progress:
         self.step = 0
         self.skipped = 0  # steps whose gradient was not finite
         self.best_score, self.best_step = -math.inf, 0
+        self.best_metrics: dict[str, float] = {}
+        self.seconds = 0.0  # of training, over all resumptions
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -160,31 +160,9 @@ def build_datasets(
     return training, validation, len(pictures.names), held_out
 
 
-def start_run(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
-    """Make the output folder, or find what to resume from. Stores the configuration."""
-    output_dir, stored = Path(config.output_dir), Path(config.output_dir) / "training_config.yaml"
-    resume_from = find_checkpoint(output_dir, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
-    if resume_from is not None and stored.is_file():
-        changes = changed_settings(config, yaml.safe_load(stored.read_text(encoding="utf-8")))
-        if changes and not config.allow_config_changes:
-            listed = "\n  ".join(changes)
-            raise ValueError(
-                f"{output_dir} was begun with other settings:\n  {listed}\n"
-                "Resume with those, or give --allow_config_changes to go on with these"
-            )
-    if resume_from is None and accelerator.is_main_process and output_dir.is_dir() and any(output_dir.iterdir()):
-        if not config.overwrite:
-            raise ValueError(
-                f"{output_dir} is not empty: use --resume_from_checkpoint latest, --overwrite, or another folder"
-            )
-        shutil.rmtree(output_dir)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(to_plain(config), sort_keys=False)
-        write_atomically(stored, lambda path: path.write_text(text, encoding="utf-8"))
-    accelerator.wait_for_everyone()
-    return resume_from
+def reference_schedule(step: int) -> float:
+    """The authors' schedule of the segmentation network: CosineAnnealingLR(T_max=10), stepped every iteration."""
+    return (1 + math.cos(math.pi * step / 10)) / 2
 
 
 def main(config: TrainingConfig) -> int:
@@ -252,10 +230,8 @@ def main(config: TrainingConfig) -> int:
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=config.max_train_steps,
     ).lr_lambdas[0]
-    reference = config.seg_schedule == "reference"  # the authors' CosineAnnealingLR(T_max=10), stepped every iteration
-    lr_scheduler = LambdaLR(
-        optimizer, [schedule, (lambda step: (1 + math.cos(math.pi * step / 10)) / 2) if reference else schedule]
-    )
+    seg_schedule = reference_schedule if config.seg_schedule == "reference" else schedule
+    lr_scheduler = LambdaLR(optimizer, [schedule, seg_schedule])
     unet, segmentation, optimizer = accelerator.prepare(unet, segmentation, optimizer)
     progress = Progress()
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
@@ -264,6 +240,8 @@ def main(config: TrainingConfig) -> int:
     if resume_from is not None:
         accelerator.load_state(str(resume_from))
         logger.info("resumed from %s at step %d", resume_from, progress.step)
+    if accelerator.is_main_process:
+        store_run(config, progress.step)
 
     # The loader brings all pictures of an optimizer step at once.
     remaining = Subset(dataset, range(progress.step * draws_per_step, len(dataset)))
@@ -285,9 +263,11 @@ def main(config: TrainingConfig) -> int:
         if config.ema_decay > 0:
             ema.copy_to([parameter for copy in copies for parameter in copy.parameters()])
         copies = [copy.to(accelerator.device, DTYPES[config.save_dtype]).float().eval() for copy in copies]
-        return DiffusionADPipeline(*copies, scheduler, image_size=config.resize_to or config.resolution)
+        return DiffusionADPipeline(copies[0], copies[1], scheduler, image_size=config.resize_to or config.resolution)
 
     def log(step: int, entry: dict[str, float]) -> None:
+        if not accelerator.is_main_process:
+            return
         with open(output_dir / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | entry) + "\n")
         accelerator.log(entry, step=step)
@@ -309,12 +289,12 @@ def main(config: TrainingConfig) -> int:
         write_atomically(output_dir / "samples" / f"step-{step:07d}.png", grid.save)
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({"held_out": [grid] if tracker.name == "wandb" else _as_array(grid)}, step=step)
+                tracker.log_images({"held_out": np.asarray(grid)[None]}, step=step)  # [1, H, W, 3]
 
         pipeline.register_to_config(image_threshold=result.image_threshold, pixel_threshold=result.pixel_threshold)
         pipeline.to(DTYPES[config.save_dtype])
         if score > progress.best_score:
-            progress.best_score, progress.best_step = score, step
+            progress.best_score, progress.best_step, progress.best_metrics = score, step, result.metrics
             pipeline.save_pretrained(output_dir)
         if step == config.max_train_steps:
             pipeline.save_pretrained(output_dir / "last")
@@ -323,14 +303,19 @@ def main(config: TrainingConfig) -> int:
     stop_signals: list[int] = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: stop_signals.append(number))
-    bar = tqdm(total=config.max_train_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
+    bar = tqdm(
+        total=config.max_train_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process
+    )
     parameters = [*unet.parameters(), *segmentation.parameters()]
     skipped_in_a_row, since, since_step = 0, time.perf_counter(), progress.step
+    started = time.perf_counter() - progress.seconds
     for batch in loader:
         # Each pass counts its normal pictures by the mean count of all passes of this step on all processes, so that
         # accumulation and several processes give the gradient of one big batch.
-        normal_count = accelerator.reduce((batch["labels"] == 0).sum().float(), "mean")
+        normal = torch.ones_like(batch["labels"]) if config.restore_anomalies else (batch["labels"] == 0).float()
+        normal_count = accelerator.reduce(normal.sum(), "mean")
         normal_count = normal_count / config.gradient_accumulation_steps
+        step_losses = torch.zeros(2, device=accelerator.device)  # noise and mask loss, means over the passes
         for start in range(0, len(batch["labels"]), config.train_batch_size):
             part = {key: value[start : start + config.train_batch_size] for key, value in batch.items()}
             with accelerator.accumulate(unet, segmentation):
@@ -345,8 +330,11 @@ def main(config: TrainingConfig) -> int:
                         part["noise"].transpose(0, 1),  # [2, B, 3, H, W]
                         part["timesteps"].T,  # [2, B]
                         normal_count=normal_count,
+                        originals=part["originals"] if config.restore_anomalies else None,
                     )
                 accelerator.backward(losses.loss)
+            both = torch.stack([losses.noise_loss, losses.mask_loss]).detach()
+            step_losses += both / config.gradient_accumulation_steps
         norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
         if torch.isfinite(norm):
             optimizer.step()
@@ -371,8 +359,8 @@ def main(config: TrainingConfig) -> int:
         bar.update()
 
         step = progress.step
-        if accelerator.is_main_process and (step % config.logging_steps == 0 or step == config.max_train_steps):
-            noise_loss, mask_loss = losses.noise_loss.item(), losses.mask_loss.item()
+        if step % config.logging_steps == 0 or step == config.max_train_steps:
+            noise_loss, mask_loss = accelerator.reduce(step_losses, "mean").tolist()
             now = time.perf_counter()
             seconds = (now - since) / (step - since_step)
             since, since_step = now, step
@@ -386,6 +374,7 @@ def main(config: TrainingConfig) -> int:
                 validate_and_save(step)
             accelerator.wait_for_everyone()
         stopping = accelerator.reduce(torch.tensor(len(stop_signals), device=accelerator.device)) > 0
+        progress.seconds = time.perf_counter() - started
         if stopping or step % config.checkpointing_steps == 0 or step == config.max_train_steps:
             save_checkpoint(accelerator, output_dir, step, config.checkpoints_total_limit)
         if stopping:
@@ -395,7 +384,18 @@ def main(config: TrainingConfig) -> int:
 
     # 4. The best weights are in place; their card and a plot of the run beside them
     if accelerator.is_main_process:
-        write_model_card(output_dir, to_plain(config), good_count, held_out_count)
+        on_gpu = accelerator.device.type == "cuda"
+        hardware = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
+        write_model_card(
+            output_dir,
+            to_plain(config),
+            picture_count=good_count,
+            held_out_count=held_out_count,
+            best_step=progress.best_step,
+            hours=progress.seconds / 3600,
+            hardware=f"{accelerator.num_processes} x {hardware}",
+            validation=progress.best_metrics,
+        )
         plot_losses(output_dir / "log.jsonl", output_dir / "losses.png")
         logger.info("saved %s: the best of the validated weights, of step %d", output_dir, progress.best_step)
         if config.push_to_hub:
@@ -404,31 +404,20 @@ def main(config: TrainingConfig) -> int:
     return 0
 
 
-def _as_array(picture: Any) -> Any:
-    import numpy as np
-
-    return np.asarray(picture)[None]  # [1, H, W, 3]
-
-
-def push_to_hub(output_dir: Path, model_id: str) -> None:
-    """Upload the pipeline with its card, configuration, log and plot; no checkpoints."""
-    from huggingface_hub import HfApi
-
-    repository = HfApi().create_repo(model_id, exist_ok=True).repo_id
-    files = ["model_index.json", "README.md", "training_config.yaml", "log.jsonl", "losses.png"]
-    folders = ["unet/*", "segmentation/*", "scheduler/*", "samples/*"]
-    HfApi().upload_folder(repo_id=repository, folder_path=output_dir, allow_patterns=files + folders)
-    logger.info("uploaded to %s", repository)
-
-
 def explain(error: BaseException) -> str | None:
     """One sentence for what a user can mend; None for a fault of ours."""
     if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
-        return "out of memory: lower --train_batch_size (raise --gradient_accumulation_steps to make up for it), use --gradient_checkpointing, or lower --resolution"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or error}): free some space and --resume_from_checkpoint latest"
+        return (
+            "out of memory: lower --train_batch_size (raise --gradient_accumulation_steps to make up for it), "
+            "use --gradient_checkpointing, or lower --resolution"
+        )
+    if any(sign in str(error) for sign in ("No space left", "File too large", "code: 28", "code: 27")):
+        return f"the disk is full ({error}): free some space and --resume_from_checkpoint latest"
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        return f"a worker that makes synthetic anomalies died ({error}): there may be too little memory; lower --dataloader_num_workers and --resume_from_checkpoint latest"
+        return (
+            f"a worker that makes synthetic anomalies died ({error}): there may be too little memory; "
+            "lower --dataloader_num_workers and --resume_from_checkpoint latest"
+        )
     return str(error) if isinstance(error, ValueError | ArithmeticError | OSError) else None
 
 
@@ -436,6 +425,8 @@ if __name__ == "__main__":
     settings = parse_arguments(sys.argv[1:], __doc__)
     try:
         sys.exit(main(settings))
+    except KeyboardInterrupt:  # before the first step; from then on the loop sees it
+        sys.exit(130)
     except Exception as error:
         if (sentence := explain(error)) is None:
             raise

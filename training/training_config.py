@@ -56,6 +56,7 @@ class TrainingConfig:
     small_timestep: int = 200  # noise scales at inference
     large_timestep: int = 400
     guidance_scale: float = 1.0
+    restore_anomalies: bool = False  # the UNet also learns what was below a synthetic anomaly; the paper: no
     timestep_boundary: int = 300  # training: small scale below, large scale from here on
     timestep_maximum: int = 1000  # training: end of the large scale
 
@@ -163,6 +164,10 @@ def parse_arguments(arguments: list[str], description: str | None) -> TrainingCo
         if name in CHOICES and settings[name] not in CHOICES[name]:
             parser.error(f"{config_file}: {name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
     config = TrainingConfig(**settings)
+    if config.restore_anomalies and config.prediction_type != "sample":
+        parser.error(
+            "--restore_anomalies needs --prediction_type sample: noise is no part of what was below an anomaly"
+        )
     if not config.train_data_dir and not config.dataset_name:
         parser.error("--train_data_dir (or --dataset_name) is needed: the folder with pictures of good parts")
     return config

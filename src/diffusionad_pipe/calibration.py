@@ -42,7 +42,7 @@ def split_held_out(count: int, fraction: float) -> torch.Tensor:
         raise ValueError(f"{count} readable picture: training needs some good pictures, and some to hold out")
     held_out = min(max(1, round(fraction * count)), count - 1)
     is_held_out = torch.zeros(count, dtype=torch.bool)
-    is_held_out[torch.linspace(0, count - 1, held_out + 2)[1:-1].round().long()] = True
+    is_held_out[torch.arange(1, held_out + 1) * count // (held_out + 1)] = True
     return is_held_out
 
 

@@ -1,4 +1,5 @@
-"""The command line: `diffusionad predict` finds defects in pictures."""
+"""The command line: `diffusionad predict` finds defects in pictures, `diffusionad preview-synthesis` shows what a
+model would be trained on."""
 
 import csv
 import json
@@ -6,7 +7,7 @@ import time
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 import typer
@@ -16,12 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .image_files import ImageFileError, find_images, open_image, write_atomically
+from .image_files import IMAGE_SUFFIXES, ImageFileError, find_images, open_image, write_atomically
 from .pipeline_diffusionad import DiffusionADPipeline
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 COLUMNS = ("path", "score", "decision", "threshold", "seconds", "error")
 HIGHEST_SHOWN_ROWS = 60
+MANY_EMPTY_MASKS = 0.1  # share of draws from which on the preview warns
 
 
 class MapFormat(StrEnum):
@@ -67,9 +69,7 @@ def predict(
         pipe.to(device or default_device())
         output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as error:
-        # Without a box around it, so that paths stay whole and can be copied.
-        Console(stderr=True).print(f"Error: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        fail(error)
     pipe.set_progress_bar_config(disable=True)
 
     rows: list[dict[str, Any]] = []
@@ -89,6 +89,113 @@ def predict(
     print_table(rows, output, console)
     if any(row["error"] for row in rows):
         raise typer.Exit(1)
+
+
+# Training writes its settings with underscores: both spellings are taken, so that they can be copied.
+@app.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
+def preview_synthesis(
+    pictures_folder: Annotated[Path, typer.Argument(help="Folder of good pictures, or of one category (train/good).")],
+    output: Annotated[Path, typer.Option(help="The contact sheet, a PNG or JPEG file.")],
+    category: Annotated[str | None, typer.Option(help="Sub-folder, where the folder holds several.")] = None,
+    resolution: Annotated[int, typer.Option(min=16, help="Side in pixels that the networks train on.")] = 256,
+    resize_to: Annotated[
+        int | None, typer.Option(min=16, help="Side that pictures are resized to; crops of --resolution are random.")
+    ] = None,
+    horizontal_flip: Annotated[
+        bool, typer.Option("--horizontal-flip/--no-horizontal-flip", help="Flip half of the pictures left to right.")
+    ] = False,
+    vertical_flip: Annotated[
+        bool, typer.Option("--vertical-flip/--no-vertical-flip", help="Flip half of the pictures upside down.")
+    ] = False,
+    rotation: Annotated[float, typer.Option(min=0, help="Turn by up to so many degrees to either side.")] = 0.0,
+    foreground: Annotated[
+        str, typer.Option(help="Where anomalies may be: none, random, threshold, folder or transformers.")
+    ] = "threshold",
+    foreground_dir: Annotated[
+        str | None, typer.Option(help='Mattes for "folder". Default: DISthresh or thresh beside the folder train.')
+    ] = None,
+    foreground_model: Annotated[
+        str | None, typer.Option(help='Segmentation model for "transformers": Hub id or folder.')
+    ] = None,
+    texture_dir: Annotated[
+        str | None, typer.Option(help='Textures, flat or like DTD. Default: the shipped CC0 ones; "none": none.')
+    ] = None,
+    texture_probability: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of anomalies that are textures: 0.5 for objects, 1 for textures.")
+    ] = 0.5,
+    procedural_probability: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of textures that are drawn: clouds and plain colours.")
+    ] = 0.0,
+    validation_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the pictures that training holds out.")
+    ] = 0.15,
+    max_unreadable: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of unreadable pictures that is put up with.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="The same as in training gives the same samples.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Samples on the sheet.")] = 8,
+    draws: Annotated[int, typer.Option(min=1, help="Samples that empty masks are counted in.")] = 200,
+) -> None:
+    """Show what a model would be trained on, before any training.
+
+    Writes a contact sheet with the first samples of a run with the same settings: picture, foreground, mask and
+    composite, all with an anomaly. Says how many masks are empty: those samples would stay normal. The options and
+    their defaults are the settings of training/train.py. Exit code: 0, or 2 for wrong usage.
+    """
+    try:
+        from .preview import preview_synthesis as preview
+    except ModuleNotFoundError as error:
+        fail(f'{error.name} is not installed, which this command needs: pip install "diffusionad_pipe[train]"')
+    try:
+        if output.suffix.lower() not in IMAGE_SUFFIXES:
+            raise ValueError(f"{output}: the contact sheet is a picture; end its name in .png")
+        result = preview(
+            str(pictures_folder),
+            category=category,
+            resolution=resolution,
+            resize_to=resize_to,
+            max_unreadable=max_unreadable,
+            validation_fraction=validation_fraction,
+            horizontal_flip=horizontal_flip,
+            vertical_flip=vertical_flip,
+            rotation=rotation,
+            texture_dir=texture_dir,
+            foreground=foreground,
+            foreground_dir=foreground_dir,
+            foreground_model=foreground_model,
+            texture_probability=texture_probability,
+            procedural_probability=procedural_probability,
+            seed=seed,
+            count=count,
+            draws=draws,
+        )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, result.sheet.save)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(error)
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{result.picture_count} pictures to train on; of {result.draw_count} draws of an anomaly "
+        f"{result.empty_share:.1%} have an empty mask; the others cover {result.coverage:.1%} of the area on average"
+        if result.empty_share < 1
+        else f"{result.picture_count} pictures to train on; all {result.draw_count} draws have an empty mask"
+    )
+    if result.empty_share > MANY_EMPTY_MASKS:
+        console.print(
+            "hint: a draw with an empty mask stays a normal picture, so training would see fewer anomalies than asked "
+            "for: the foreground is small or missing on many pictures; look at its row, and try another --foreground "
+            "(none: everywhere)",
+            style="yellow",
+        )
+    console.print(f"the first {count} are in {output}", markup=False)
+
+
+def fail(error: object) -> NoReturn:
+    """End with one sentence and exit code 2."""
+    # Without a box around it, so that paths stay whole and can be copied.
+    Console(stderr=True).print(f"Error: {error}", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(2) from None
 
 
 def default_device() -> str:

@@ -61,15 +61,16 @@ def au_pro(anomaly_maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], fpr_
     pro = np.cumsum(np.concatenate(region_gain)[order])[last_of_tie] / regions
     fpr, pro = np.insert(fpr, 0, 0.0), np.insert(pro, 0, 0.0)
 
-    inside = fpr < fpr_limit
-    curve_fpr = np.append(fpr[inside], fpr_limit)
-    curve_pro = np.append(pro[inside], np.interp(fpr_limit, fpr, pro))
+    # Where the curve rises straight up at the limit, it is cut at the foot of that rise.
+    end = int(np.searchsorted(fpr, fpr_limit))  # the first point at the limit or beyond
+    curve_fpr = np.append(fpr[:end], fpr_limit)
+    curve_pro = np.append(pro[:end], np.interp(fpr_limit, fpr[: end + 1], pro[: end + 1]))
     return float(np.trapezoid(curve_pro, curve_fpr) / fpr_limit)
 
 
 def evaluate_maps(
     anomaly_maps: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray | None],
     image_scores: Sequence[float] | np.ndarray,
     labels: Sequence[int] | np.ndarray | None = None,
     *,
@@ -79,7 +80,8 @@ def evaluate_maps(
 
     Args:
         anomaly_maps: float `[H, W]` each, larger is more anomalous.
-        masks: boolean `[H, W]` each, of the maps' sizes.
+        masks: boolean `[H, W]` each, of the maps' sizes; None where nobody marked the pixels: such a picture counts
+            in the image metrics and is left out of the pixel metrics.
         image_scores: `[N]`.
         labels: `[N]`, 1 where the picture is anomalous; None takes pictures with a mask that is not empty.
         fpr_limits: limits for the AU-PRO.
@@ -88,24 +90,34 @@ def evaluate_maps(
         image_auroc, image_ap, image_f1_max, pixel_auroc, pixel_ap, pixel_f1_max, and au_pro_<limit> for each.
 
     Raises:
-        ValueError: when sizes differ, a score is NaN, or one of the two classes is absent.
+        ValueError: when sizes differ, a score is NaN, one of the two classes is absent, no pixel is marked as
+            anomalous, or a mask and the labels are None.
     """
-    masks = [np.asarray(mask, dtype=bool) for mask in masks]
-    image_labels = np.array([mask.any() for mask in masks] if labels is None else labels).astype(int)
+    if labels is None:
+        unmasked = [index for index, mask in enumerate(masks) if mask is None]
+        if unmasked:
+            raise ValueError(f"picture {unmasked[0]} has no mask that would tell if it is anomalous: give labels")
+        labels = [int(np.asarray(mask, dtype=bool).any()) for mask in masks]
+    image_labels = np.asarray(labels).astype(int)
     scores = np.asarray(image_scores, dtype=np.float64)
+    measured_maps, measured_masks = [], []  # those of the pixel metrics
     for index, (anomaly_map, mask) in enumerate(zip(anomaly_maps, masks, strict=True)):
-        if np.shape(anomaly_map) != mask.shape:
-            raise ValueError(
-                f"map {index} is {np.shape(anomaly_map)} and its mask {mask.shape}: resize the mask (nearest)"
-            )
+        if mask is not None:
+            mask = np.asarray(mask, dtype=bool)
+            if np.shape(anomaly_map) != mask.shape:
+                raise ValueError(
+                    f"map {index} is {np.shape(anomaly_map)} and its mask {mask.shape}: resize the mask (nearest)"
+                )
+            measured_maps.append(anomaly_map)
+            measured_masks.append(mask)
         if not (np.isfinite(anomaly_map).all() and np.isfinite(scores[index])):
             raise ValueError(f"map or score {index} is not finite")
     if len(set(image_labels)) < 2:
         raise ValueError("metrics need good and defective pictures; here is only one of the two")
-    pixel_scores = np.concatenate([np.ravel(m) for m in anomaly_maps])
-    pixel_labels = np.concatenate([mask.ravel() for mask in masks])
-    if not pixel_labels.any():
-        raise ValueError("all masks are empty: pixel metrics need at least one defective pixel")
+    if not any(mask.any() for mask in measured_masks):
+        raise ValueError("all masks are empty or missing: pixel metrics need at least one defective pixel")
+    pixel_scores = np.concatenate([np.ravel(m) for m in measured_maps])
+    pixel_labels = np.concatenate([mask.ravel() for mask in measured_masks])
     return {
         "image_auroc": float(roc_auc_score(image_labels, scores)),
         "image_ap": float(average_precision_score(image_labels, scores)),
@@ -113,4 +125,4 @@ def evaluate_maps(
         "pixel_auroc": float(roc_auc_score(pixel_labels, pixel_scores)),
         "pixel_ap": float(average_precision_score(pixel_labels, pixel_scores)),
         "pixel_f1_max": f1_max(pixel_labels, pixel_scores)[0],
-    } | {f"au_pro_{limit:.2f}": au_pro(anomaly_maps, masks, limit) for limit in fpr_limits}
+    } | {f"au_pro_{limit:.2f}": au_pro(measured_maps, measured_masks, limit) for limit in fpr_limits}

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .calibration import smallest_rate
 from .image_files import write_atomically
 
 PACKAGE = Path(__file__).parent
@@ -29,7 +30,15 @@ METRIC_NAMES = {
 
 
 def write_model_card(
-    folder: str | os.PathLike[str], config: dict[str, Any], picture_count: int, held_out_count: int
+    folder: str | os.PathLike[str],
+    config: dict[str, Any],
+    *,
+    picture_count: int,
+    held_out_count: int,
+    best_step: int,
+    hours: float,
+    hardware: str,
+    validation: dict[str, float],
 ) -> None:
     """Write `README.md` beside a saved pipeline, without results.
 
@@ -38,6 +47,10 @@ def write_model_card(
         config: the training configuration.
         picture_count: good pictures, held-out ones included.
         held_out_count: of them held out.
+        best_step: the step whose weights were kept.
+        hours: that training took.
+        hardware: that it ran on.
+        validation: metrics of the kept weights on the held-out pictures, names of `METRIC_NAMES`.
     """
     if TEMPLATE is None:
         raise FileNotFoundError("model_card.md is missing beside the package: install diffusionad_pipe again")
@@ -61,6 +74,12 @@ def write_model_card(
         training_pictures=picture_count - held_out_count,
         held_out_pictures=held_out_count,
         config=config,
+        best_step=best_step,
+        hours=hours,
+        hardware=hardware,
+        validation={METRIC_NAMES[name]: value for name, value in validation.items()},
+        guaranteed=smallest_rate(held_out_count) <= config["false_positive_rate"],
+        smallest_rate=smallest_rate(held_out_count),
         image_threshold=index["image_threshold"],
         pixel_threshold=index["pixel_threshold"],
         results=NO_RESULTS,

@@ -110,6 +110,7 @@ def training_losses(
     timesteps: torch.Tensor,
     guidance_scale: float | None = None,
     normal_count: torch.Tensor | None = None,
+    originals: torch.Tensor | None = None,
 ) -> TrainingLosses:
     """One training forward pass: both noise scales in one call of the UNet, guidance, segmentation, losses.
 
@@ -128,6 +129,10 @@ def training_losses(
         guidance_scale: None takes the scheduler's.
         normal_count: what the normal pictures' losses are divided by, a scalar; None takes their number. Where a step
             has several passes or processes, their mean number makes the sum of the gradients that of one big batch.
+        originals: the pictures without their synthetic anomalies `[B, 3, H, W]`. Where given, anomalous pictures count
+            in the noise loss too, and their target is the original: the UNet learns to restore, as DRAEM's
+            reconstructive network does. Not in the paper; for `prediction_type="sample"` only. `normal_count` is then
+            the number of all pictures.
 
     Returns:
         [`TrainingLosses`].
@@ -137,9 +142,10 @@ def training_losses(
     noised = scheduler.add_noise(both_images, both_noise, both_timesteps)
     model_output = unet(noised, both_timesteps).sample.float()
 
-    per_picture = denoising_loss(scheduler, model_output, both_images, both_noise, both_timesteps)  # [2B]
+    targets = both_images if originals is None else torch.cat([originals, originals])
+    per_picture = denoising_loss(scheduler, model_output, targets, both_noise, both_timesteps)  # [2B]
     small, large = per_picture.chunk(2)
-    normal = (labels == 0).float()
+    normal = (labels == 0).float() if originals is None else torch.ones_like(labels)
     if normal_count is None:
         normal_count = normal.sum()
     # A mean number may be below 1; without any normal picture the sum is 0 whatever it is divided by.

@@ -76,27 +76,13 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
         return (self[draw] for draw in range(self.length))
 
     def __getitem__(self, draw: int) -> dict[str, torch.Tensor]:
-        """One draw: images `[3, H, W]`, masks `[1, H, W]`, labels `[]`, timesteps `[2]` and noise `[2, 3, H, W]`."""
+        """One draw: images and originals (without the anomaly) `[3, H, W]`, masks `[1, H, W]`, labels `[]`,
+        timesteps `[2]` and noise `[2, 3, H, W]`."""
         return self.__getitems__([draw])[0]
 
     def __getitems__(self, draws: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         """Several draws at once, which is how a `DataLoader` asks for a batch."""
-        indices, generators = [], []
-        for draw in draws:
-            epoch, position = divmod(draw, len(self.pictures))
-            order = torch.randperm(len(self.pictures), generator=sample_generator(self.seed, epoch))
-            indices.append(int(order[position]))
-            generators.append(sample_generator(self.seed, epoch, indices[-1]))
-
-        images = self.pictures[indices].float() / 255
-        if isinstance(self.foregrounds, torch.Tensor):
-            foregrounds = self.foregrounds[indices].float() / 255
-        elif self.foregrounds == "random":
-            foregrounds = random_foregrounds(*images.shape[-2:], generators).to(images.device)
-        else:
-            foregrounds = torch.ones_like(images[:, :1])
-        images, foregrounds = self._augment(images, foregrounds, generators)
-
+        images, foregrounds, generators = self.draw_pictures(draws)
         samples = synthesize_anomalies(
             images,
             foregrounds,
@@ -109,6 +95,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
         return [
             {
                 "images": image,
+                "originals": original,
                 "masks": mask,
                 "labels": label,
                 "timesteps": sample_timesteps(
@@ -116,8 +103,34 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
                 )[:, 0],
                 "noise": torch.randn(2, *image.shape, generator=generator),
             }
-            for image, mask, label, generator in zip(*samples, generators)
+            for original, image, mask, label, generator in zip(images, *samples, generators)
         ]
+
+    def draw_pictures(self, draws: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Generator]]:
+        """The pictures of some draws before anything is put on them.
+
+        Args:
+            draws: B numbers of draws.
+
+        Returns:
+            The pictures `[B, 3, H, W]` and their mattes `[B, 1, H, W]`, both in [0, 1] and augmented as declared, and
+            the generators that all further random numbers of these draws come from.
+        """
+        indices, generators = [], []
+        for draw in draws:
+            epoch, position = divmod(draw, len(self.pictures))
+            order = torch.randperm(len(self.pictures), generator=sample_generator(self.seed, epoch))
+            indices.append(int(order[position]))
+            generators.append(sample_generator(self.seed, epoch, indices[-1]))
+
+        images = self.pictures[indices].float() / 255
+        if isinstance(self.foregrounds, torch.Tensor):
+            foregrounds = self.foregrounds[indices].float() / 255
+        elif self.foregrounds == "random":
+            foregrounds = random_foregrounds(images.shape[-2], images.shape[-1], generators).to(images.device)
+        else:
+            foregrounds = torch.ones_like(images[:, :1])
+        return *self._augment(images, foregrounds, generators), generators
 
     def _augment(
         self, images: torch.Tensor, foregrounds: torch.Tensor, generators: Sequence[torch.Generator]

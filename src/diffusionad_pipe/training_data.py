@@ -123,7 +123,7 @@ def read_good_pictures(
 
 
 def read_textures(folder: str | None, resolution: int) -> torch.Tensor | None:
-    """Textures `[T, 3, H, W]` uint8 of a folder, nested like DTD's or flat; None gives the shipped ones, `"none"` none."""
+    """Textures `[T, 3, H, W]` uint8 of a folder, nested like DTD's or flat; None: the shipped ones, `"none"`: none."""
     if folder == "none":
         return None
     paths = find_images([folder or SHIPPED_TEXTURES])
@@ -143,8 +143,8 @@ def foreground_mattes(
     Args:
         provider: `"none"`, `"random"`, `"threshold"`, `"folder"` or `"transformers"`.
         pictures: the good pictures.
-        folder: mattes of the provider `folder`, found by the pictures' stems; None looks for the authors' `DISthresh` or
-            `thresh` beside the folder `train`.
+        folder: mattes of the provider `folder`, found by the pictures' stems; None looks for the authors' `DISthresh`
+            or `thresh` beside the folder `train`.
         model: Hub id or folder of a semantic segmentation model of transformers, for that provider.
         cache_dir: where mattes of such a model are kept as PNG files, to be looked at and not computed again.
 
@@ -167,7 +167,9 @@ def foreground_mattes(
     if provider == "transformers":
         if not model:
             raise ValueError("the foreground provider transformers needs --foreground_model, a Hub id or a folder")
-        cache = [Path(cache_dir) / f"{i:05d}_{Path(n).stem}.png" for i, n in enumerate(pictures.names)] if cache_dir else []
+        cache = (
+            [Path(cache_dir) / f"{i:05d}_{Path(n).stem}.png" for i, n in enumerate(pictures.names)] if cache_dir else []
+        )
         if cache and all(path.is_file() for path in cache):
             return _read_mattes(cache, resolution)
         mattes = [segmentation_model_foreground(p.float() / 255, model) for p in tqdm(pictures.pixels, desc="mattes")]
@@ -206,5 +208,7 @@ def _find_mattes(names: Sequence[str], folder: str | None) -> list[Path]:
 
 
 def _read_mattes(paths: Sequence[Path], resolution: int) -> torch.Tensor:
-    mattes = [open_image(path).convert("L").resize((resolution, resolution), Image.Resampling.BILINEAR) for path in paths]
+    mattes = [
+        open_image(path).convert("L").resize((resolution, resolution), Image.Resampling.BILINEAR) for path in paths
+    ]
     return torch.from_numpy(np.stack([np.asarray(matte) for matte in mattes]))[:, None]
