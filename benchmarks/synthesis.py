@@ -179,6 +179,15 @@ def main() -> None:
             rows = torch.tensor(batch) % len(pictures)
             yield pictures[rows].float() / 255, mattes[rows].float() / 255, [sample_generator(0, n) for n in batch]
 
+    def plain(draws: Sequence[int]) -> list[np.ndarray]:
+        rngs = ((n % len(pictures), np.random.default_rng(n)) for n in draws)
+        images, foregrounds, sources = arrays
+        return [synthesize(images[i], foregrounds[i, ..., 0] / np.float32(255), sources, rng)[1] for i, rng in rngs]
+
+    def plain_masks(draws: Sequence[int]) -> list[np.ndarray]:
+        rngs = ((n % len(pictures), np.random.default_rng(n)) for n in draws)
+        return [perlin_mask(arrays[1][i, ..., 0] / np.float32(255), rng) for i, rng in rngs]
+
     def ours(draws: Sequence[int]) -> list[np.ndarray]:
         samples = [
             synthesize_anomalies(images, foregrounds, textures, generators, anomaly_probability=1)
@@ -193,16 +202,12 @@ def main() -> None:
         options = {"texture_probability": 0.5, "procedural_probability": 0.0}
         return [anomaly_sources(images, textures, own, **options).numpy() for images, _, own in batches(draws)]
 
-    def plain(draws: Sequence[int]) -> list[np.ndarray]:
-        rngs = ((n % len(pictures), np.random.default_rng(n)) for n in draws)
-        images, foregrounds, sources = arrays
-        return [synthesize(images[i], foregrounds[i, ..., 0] / np.float32(255), sources, rng)[1] for i, rng in rngs]
-
     methods = {
         "NumPy, a picture at a time": plain,
+        "of NumPy: masks": plain_masks,
         f"ours, batches of {arguments.batch_size}": ours,
-        "of it: masks": ours_masks,
-        "of it: sources, augmented": ours_sources,
+        "of ours: masks": ours_masks,
+        "of ours: augmented sources": ours_sources,
     }
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     covered: dict[str, list[float]] = {name: [] for name in methods}
