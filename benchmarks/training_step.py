@@ -84,7 +84,16 @@ class Training:
 
     def loss(self, batch: Batch, plain: bool = False) -> torch.Tensor:
         unet = TwoCalls(self.unet) if plain else self.unet
-        return training_losses(unet, self.segmentation, self.scheduler, **batch).loss
+        return training_losses(
+            unet,
+            self.segmentation,
+            self.scheduler,
+            batch["images"],
+            batch["masks"],
+            batch["labels"],
+            batch["noise"],
+            batch["timesteps"],
+        ).loss
 
     def step(self, batch: Batch, plain: bool = False) -> None:
         device = batch["images"].device.type

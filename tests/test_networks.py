@@ -77,6 +77,19 @@ def test_gradient_checkpointing_changes_nothing_but_memory(network: str) -> None
         torch.testing.assert_close(plain, checkpointed)
 
 
+def test_gradient_checkpointing_counts_a_batch_once() -> None:
+    """Running statistics of batch norm must not see the batch again when a block is computed again."""
+    statistics = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = SegmentationUNet2DModel(base_channels=8, norm_type="batch").train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(torch.rand(2, 6, 32, 32)).logits.mean().backward()
+        statistics.append(dict(model.named_buffers()))
+    assert all(torch.equal(value, statistics[1][name]) for name, value in statistics[0].items())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("norm_type", ["batch", "group"])
 def test_segmentation(norm_type: str) -> None:

@@ -215,7 +215,8 @@ def main(config: TrainingConfig) -> int:
         unet.enable_gradient_checkpointing()
         segmentation.enable_gradient_checkpointing()
     ema = EMAModel([*unet.parameters(), *segmentation.parameters()], decay=config.ema_decay, foreach=True)
-    ema.to(accelerator.device)
+    if config.ema_decay > 0:
+        ema.to(accelerator.device)
     optimizer = torch.optim.AdamW(  # Adam, where the weight decay is 0
         [
             {"params": list(unet.parameters()), "lr": config.learning_rate},
@@ -349,7 +350,7 @@ def main(config: TrainingConfig) -> int:
         lr_scheduler.step()
         optimizer.zero_grad()
         progress.step += 1
-        if skipped_in_a_row == 0:
+        if skipped_in_a_row == 0 and config.ema_decay > 0:
             ema.step(parameters)
         if skipped_in_a_row >= config.max_skipped_steps:
             raise ArithmeticError(

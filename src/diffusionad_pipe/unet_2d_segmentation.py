@@ -121,6 +121,7 @@ class SegmentationUNet2DModel(ModelMixin, ConfigMixin):
         return SegmentationUNet2DOutput(logits=logits)
 
     def _run(self, block: nn.Module, sample: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
+        # With batch norm never: computing a block again would count its batch twice in the running statistics.
+        if torch.is_grad_enabled() and self.gradient_checkpointing and self.config.norm_type == "group":
             return self._gradient_checkpointing_func(block, sample)
         return block(sample)
