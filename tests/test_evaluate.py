@@ -46,7 +46,8 @@ def test_pictures_without_a_usable_mask(
     marked, printed = measure(data)
     assert printed == ""
     assert {k: v for k, v in metrics.items() if k.startswith(("pixel", "au_pro"))} == pytest.approx(
-        {k: v for k, v in marked.items() if k.startswith(("pixel", "au_pro"))}
+        {k: v for k, v in marked.items() if k.startswith(("pixel", "au_pro"))},
+        rel=1e-4,  # the pictures are in other batches, so the last bits of their maps differ
     )
     assert 5 * metrics["right_decisions"] == pytest.approx(round(5 * metrics["right_decisions"]))
 
