@@ -302,7 +302,7 @@ def test_shipped_configurations_can_be_read() -> None:
         training_config.parse_arguments(["--config", str(path), "--train_data_dir", "x"], None)
 
 
-def test_the_reference_schedule_of_the_segmentation_network(config: Path, tmp_path: Path) -> None:
+def test_the_reference_schedule_of_the_segmentation_network() -> None:
     """The authors' CosineAnnealingLR with T_max 10 is stepped every iteration: 1 → 0 → 1 in twenty steps."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1e-5)

@@ -26,7 +26,7 @@ def threshold_foreground(image: torch.Tensor) -> torch.Tensor:
     """The object in front of a plain background, bright, dark or coloured.
 
     The background's colour is the median of the picture's frame; what differs from it by more than Otsu's
-    threshold is object. Lightness counts half, so that a cast shadow stays background.
+    threshold is object. Lightness counts half, so that less of a cast shadow is taken for object.
 
     Args:
         image: `[3, H, W]` in [0, 1].
