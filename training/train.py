@@ -73,12 +73,12 @@ def build_networks(
     config: TrainingConfig,
 ) -> tuple[DiffusionADUNet2DModel, SegmentationUNet2DModel, NormGuidedOneStepScheduler]:
     """The pipeline's three components as the configuration describes them."""
-    levels = range(len(config.block_out_channels))
+    sides = [config.resolution // config.patch_size // 2**level for level in range(len(config.block_out_channels))]
     unet = DiffusionADUNet2DModel(
         sample_size=config.resolution,
         patch_size=config.patch_size,
         block_out_channels=config.block_out_channels,
-        attention=tuple(config.resolution // config.patch_size // 2**level in ATTENTION_SIZES for level in levels),
+        attention=tuple(min(ATTENTION_SIZES) <= side <= config.attention_size for side in sides),
         num_attention_heads=config.num_attention_heads,
     )
     segmentation = SegmentationUNet2DModel(

@@ -50,6 +50,7 @@ class TrainingConfig:
     prediction_type: str = "sample"  # what the UNet predicts: epsilon (the paper), sample or v_prediction
     patch_size: int = 4  # side of the patches that become channels; the paper: 1
     block_out_channels: tuple[int, ...] = (64, 128, 192)  # width of each level of the UNet
+    attention_size: int = 32  # self-attention where features are 8 to so many pixels wide; the paper: 32
     num_attention_heads: int = 4
     segmentation_channels: int = 16  # width of the segmentation network; the paper: 64
     segmentation_norm: str = "group"  # batch (the paper) or group
