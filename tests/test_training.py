@@ -17,6 +17,7 @@ import torch
 import train
 import training_config
 import yaml
+from conftest import HubServer
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -221,6 +222,44 @@ def test_a_full_disk_ends_with_one_sentence_and_keeps_what_was_there(config: Pat
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "free some space and --resume_from_checkpoint latest" in result.stderr
     assert not (output / ".checkpoint-writing").exists() and not run_folder.checkpoints(output)
+
+
+def test_out_of_memory_says_what_to_lower(config: Path, tmp_path: Path) -> None:
+    flags = ["--train_batch_size", "3000", "--resolution", "256"]  # their pictures alone take 2.4 GB, twice
+    limit = (6_000_000_000, 6_000_000_000)
+    result = run(command(config, tmp_path / "big", *flags), lambda: resource.setrlimit(resource.RLIMIT_AS, limit))
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "out of memory: lower --train_batch_size" in result.stderr
+
+
+def test_a_dead_worker_ends_with_one_sentence(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "worker"
+    process = start(command(config, output, "--max_train_steps", "100000", "--dataloader_num_workers", "1"))
+    wait_for((output / "log.jsonl").exists)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    for child in children.read_text().split():  # the worker, and a tracker of shared memory
+        os.kill(int(child), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in errors.splitlines()[-1], errors
+    assert "a worker that makes synthetic anomalies died" in errors and "lower --dataloader_num_workers" in errors
+
+
+def test_a_run_is_pushed_to_the_hub(config: Path, tmp_path: Path, hub_server: HubServer) -> None:
+    output = tmp_path / "pushed"
+    flags = ["--max_train_steps", "1", "--push_to_hub", "--hub_model_id", "user/model"]
+    environment = ENVIRONMENT | {"HF_ENDPOINT": hub_server.url, "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1"}
+    result = subprocess.run(
+        command(config, output, *flags), capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert result.returncode == 0 and "uploaded to user/model" in result.stderr, result.stderr
+    pipe = DiffusionADPipeline.from_pretrained("user/model")
+    assert pipe.config.image_threshold == DiffusionADPipeline.from_pretrained(output).config.image_threshold
+    files = {path.name: path for path in hub_server.find_commit("user/model", "main").rglob("*") if path.is_file()}
+    assert {"README.md", "training_config.yaml", "losses.png", "step-0000001.png"} <= files.keys()
+    assert yaml.safe_load(files["training_config.yaml"].read_text())["train_data_dir"] == "hazelnut"
+    assert not any(name.startswith("random_states") for name in files)  # no checkpoints
+    for file in files.values():
+        assert str(tmp_path).encode() not in file.read_bytes() and str(ROOT).encode() not in file.read_bytes(), file
 
 
 @pytest.mark.parametrize(

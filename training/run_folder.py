@@ -138,10 +138,17 @@ def _checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def push_to_hub(output_dir: Path, model_id: str) -> None:
-    """Upload the pipeline with its card, configuration, log and plot; no checkpoints."""
-    repository = HfApi().create_repo(model_id, exist_ok=True).repo_id
-    files = ["model_index.json", "README.md", "training_config.yaml", "log.jsonl", "losses.png"]
+def push_to_hub(config: TrainingConfig) -> None:
+    """Upload the pipeline with its card, configuration, log and plot; no checkpoints, and no path of this machine."""
+    hub, folder = HfApi(), Path(config.output_dir)
+    repository = hub.create_repo(config.hub_model_id or folder.name, exist_ok=True).repo_id
+    files = ["model_index.json", "README.md", "log.jsonl", "losses.png"]
     folders = ["unet/*", "segmentation/*", "scheduler/*", "samples/*"]
-    HfApi().upload_folder(repo_id=repository, folder_path=output_dir, allow_patterns=files + folders)
+    hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files + folders)
+    settings = {
+        name: os.path.basename(os.path.normpath(value)) if isinstance(value, str) and os.path.isabs(value) else value
+        for name, value in to_plain(config).items()
+    }
+    text = yaml.safe_dump(settings, sort_keys=False).encode()
+    hub.upload_file(repo_id=repository, path_or_fileobj=text, path_in_repo="training_config.yaml")
     logger.info("uploaded to %s", repository)

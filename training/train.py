@@ -400,14 +400,15 @@ def main(config: TrainingConfig) -> int:
         plot_losses(output_dir / "log.jsonl", output_dir / "losses.png")
         logger.info("saved %s: the best of the validated weights, of step %d", output_dir, progress.best_step)
         if config.push_to_hub:
-            push_to_hub(output_dir, config.hub_model_id or output_dir.name)
+            push_to_hub(config)
     accelerator.end_training()
     return 0
 
 
 def explain(error: BaseException) -> str | None:
     """One sentence for what a user can mend; None for a fault of ours."""
-    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+    # On a CPU torch has no error class of its own for it.
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
         return (
             "out of memory: lower --train_batch_size (raise --gradient_accumulation_steps to make up for it), "
             "use --gradient_checkpointing, or lower --resolution"
