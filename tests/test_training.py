@@ -244,6 +244,18 @@ def test_a_dead_worker_ends_with_one_sentence(config: Path, tmp_path: Path) -> N
     assert "a worker that makes synthetic anomalies died" in errors and "lower --dataloader_num_workers" in errors
 
 
+def test_tensorboard_gets_losses_and_pictures(config: Path, tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = ["--report_to", "tensorboard", "--max_train_steps", "2", "--validation_steps", "2"]
+    result = run(command(config, tmp_path / "tracked", *flags))
+    assert result.returncode == 0, result.stderr
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tracked" / "diffusionad"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("mask_loss")] == [1, 2]
+    picture = events.Images("held_out")[0]
+    assert (picture.width, picture.height) == Image.open(tmp_path / "tracked" / "samples" / "step-0000002.png").size
+
+
 def test_a_run_is_pushed_to_the_hub(config: Path, tmp_path: Path, hub_server: HubServer) -> None:
     output = tmp_path / "pushed"
     flags = ["--max_train_steps", "1", "--push_to_hub", "--hub_model_id", "user/model"]

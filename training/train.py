@@ -290,7 +290,9 @@ def main(config: TrainingConfig) -> int:
         write_atomically(output_dir / "samples" / f"step-{step:07d}.png", grid.save)
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({"held_out": np.asarray(grid)[None]}, step=step)  # [1, H, W, 3]
+                # [1, H, W, 3], which tensorboard alone must be told.
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"held_out": np.asarray(grid)[None]}, step=step, **layout)
 
         pipeline.register_to_config(image_threshold=result.image_threshold, pixel_threshold=result.pixel_threshold)
         pipeline.to(DTYPES[config.save_dtype])
