@@ -152,7 +152,8 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"metric": _metric, "data_uri": lambda picture: _data_uri(picture, side)}
+    environment.filters["metric"] = _metric
+    environment.filters["data_uri"] = lambda picture: _data_uri(picture, side)
     environment.globals |= {"METRIC_NAMES": METRIC_NAMES, "WIDTH": WIDTH, "HEIGHT": HEIGHT}
     html = environment.get_template("report.html").render(
         title=title,
@@ -286,7 +287,9 @@ def _curve_path(x: np.ndarray, y: np.ndarray, *, x_end: float = 1.0, steps: bool
 
 def _histogram(score: np.ndarray, defective: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
     """Bars of the good pictures upwards and of the defective ones downwards from the middle, each as shares."""
-    counts = {kind: np.histogram(score[mask], edges)[0] for kind, mask in (("good", ~defective), ("defective", defective))}
+    counts = {
+        kind: np.histogram(score[mask], edges)[0] for kind, mask in (("good", ~defective), ("defective", defective))
+    }
     shares = {kind: count / max(count.sum(), 1) for kind, count in counts.items()}
     largest = max(share.max() for share in shares.values())
     bars = []
