@@ -57,7 +57,7 @@ def evaluate_maps(
         streaming.update(anomaly_maps, masks, image_scores, labels)
         return streaming.compute()
     pictures = check_pictures(anomaly_maps, masks, image_scores, labels)
-    metrics = {} if pictures.scores is None else image_metrics(pictures.scores, pictures.labels)
+    metrics = {} if image_scores is None else image_metrics(pictures.scores, pictures.labels)
     points = rank_pixels(pictures)
     metrics |= pixel_metrics(points, fpr_limits)
     if method == "reference" and points.defined:
@@ -245,6 +245,8 @@ def _thin(points: OperatingPoints, x: np.ndarray, y: np.ndarray) -> tuple[np.nda
     """At most 500 points of a curve, evenly spaced along it, the first and the last among them."""
     if not points.defined:
         return np.empty(0), np.empty(0)
+    if len(x) <= CURVE_POINTS:
+        return x, y
     length = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
     kept = np.unique(np.searchsorted(length, np.linspace(0, length[-1], CURVE_POINTS)))
     return x[kept], y[kept]

@@ -39,10 +39,10 @@ class StreamingAnomalyMetrics:
 
     def update(
         self,
-        anomaly_maps: Array | Sequence[Array],
-        masks: Array | Sequence[Array | None] | None,
-        image_scores: Array | Sequence[float] | float | None = None,
-        labels: Array | Sequence[int] | int | None = None,
+        anomaly_maps: Sequence[Array] | Array,
+        masks: Sequence[Array | None] | Array | None,
+        image_scores: Sequence[float] | Array | float | None = None,
+        labels: Sequence[int] | Array | int | None = None,
     ) -> None:
         """Count one picture or several. Nothing is counted when it raises.
 
@@ -57,13 +57,12 @@ class StreamingAnomalyMetrics:
         Raises:
             ValueError: as [`check_pictures`], pictures numbered over all updates.
         """
-        if getattr(anomaly_maps, "ndim", None) == 2:
-            anomaly_maps, masks = [anomaly_maps], [masks]
+        if isinstance(anomaly_maps, Array) and anomaly_maps.ndim == 2:
+            anomaly_maps, masks = anomaly_maps[None], None if masks is None else [masks]  # type: ignore[list-item]
         pictures = check_pictures(anomaly_maps, masks, image_scores, labels, first=self.pictures)
         self.pictures += len(pictures.maps)
-        if pictures.scores is not None:
-            self.scores += pictures.scores.tolist()
-            self.labels += pictures.labels.tolist()
+        self.scores += pictures.scores.tolist()
+        self.labels += pictures.labels.tolist()
         for anomaly_map, mask in zip(pictures.maps, pictures.masks):
             if mask is not None:
                 self._count(score_bins(anomaly_map), mask)

@@ -18,21 +18,21 @@ class ScoredPictures(NamedTuple):
     Args:
         maps: float32 or float64 `[H, W]` each, on the device they came on.
         masks: boolean `[H, W]` each; None where nobody marked the pixels.
-        scores: float64 `[N]`, or None.
-        labels: boolean `[N]`, true where the picture is anomalous; None without scores.
+        scores: float64 `[N]`, or `[0]` where none were given.
+        labels: boolean of the scores' size, true where the picture is anomalous.
     """
 
     maps: list[torch.Tensor]
     masks: list[np.ndarray | None]
-    scores: np.ndarray | None
-    labels: np.ndarray | None
+    scores: np.ndarray
+    labels: np.ndarray
 
 
 def check_pictures(
     anomaly_maps: Sequence[Array] | Array,
     masks: Sequence[Array | None] | Array | None,
-    image_scores: Sequence[float] | Array | None = None,
-    labels: Sequence[int] | Array | None = None,
+    image_scores: Sequence[float] | Array | float | None = None,
+    labels: Sequence[int] | Array | int | None = None,
     *,
     first: int = 0,
 ) -> ScoredPictures:
@@ -50,32 +50,35 @@ def check_pictures(
             a picture has neither label nor mask.
     """
     maps = [_as_tensor(anomaly_map) for anomaly_map in anomaly_maps]
-    checked = [None] * len(maps) if masks is None else [None if m is None else _on_cpu(m).astype(bool) for m in masks]
-    scores = None if image_scores is None else np.atleast_1d(_on_cpu(image_scores)).astype(np.float64)
-    kinds = None if labels is None else np.atleast_1d(_on_cpu(labels)).astype(bool)
-    counts = [len(part) for part in (checked, scores, kinds) if part is not None]
-    if any(count != len(maps) for count in counts):
-        raise ValueError(f"{len(maps)} maps, but {counts} masks, scores or labels: give one of each to a picture")
+    marked = [None] * len(maps) if masks is None else masks
+    checked: list[np.ndarray | None] = [None if mask is None else _on_cpu(mask).astype(bool) for mask in marked]
+    scores = np.empty(0) if image_scores is None else np.atleast_1d(_on_cpu(image_scores)).astype(np.float64)
+    given: dict[str, Any] = {"masks": checked} if image_scores is None else {"masks": checked, "scores": scores}
+    if labels is not None:
+        given["labels"] = np.atleast_1d(_on_cpu(labels)).astype(bool)
+    for name, parts in given.items():
+        if len(parts) != len(maps):
+            raise ValueError(f"there are {len(maps)} maps and {len(parts)} {name}: give one to each picture")
 
-    broken = []
+    broken = set(np.flatnonzero(~np.isfinite(scores)).tolist())
     for index, (anomaly_map, mask) in enumerate(zip(maps, checked)):
-        shape = tuple(anomaly_map.shape)
-        if len(shape) != 2 or (mask is not None and mask.shape != shape):
-            its_mask = "" if mask is None else f" and its mask {mask.shape}"
-            raise ValueError(
-                f"map {first + index} is {shape}{its_mask}: give both as [H, W], the mask resized (nearest)"
-            )
-        if not anomaly_map.isfinite().all() or (scores is not None and not np.isfinite(scores[index])):
-            broken.append(str(first + index))
+        size = tuple(anomaly_map.shape)
+        if len(size) != 2 or (mask is not None and mask.shape != size):
+            of_mask = "" if mask is None else f" and its mask {mask.shape}"
+            raise ValueError(f"map {first + index} is {size}{of_mask}: give both as [H, W], the mask resized (nearest)")
+        if not anomaly_map.isfinite().all():
+            broken.add(index)
     if broken:
-        raise ValueError(f"map or score {', '.join(broken)} is not finite: NaN or infinity has no rank")
-    if scores is not None and kinds is None:
-        kinds = np.zeros(len(maps), dtype=bool)
-        for index, mask in enumerate(checked):
-            if mask is None:
-                raise ValueError(f"picture {first + index} has no mask that would tell if it is anomalous: give labels")
-            kinds[index] = mask.any()
-    return ScoredPictures(maps, checked, scores, kinds if scores is not None else None)
+        names = ", ".join(str(first + index) for index in sorted(broken))
+        raise ValueError(f"map or score {names} is not finite: NaN and infinity have no rank")
+    if image_scores is None:
+        return ScoredPictures(maps, checked, scores, np.empty(0, dtype=bool))
+    if labels is not None:
+        return ScoredPictures(maps, checked, scores, given["labels"])
+    for index, mask in enumerate(checked):
+        if mask is None:
+            raise ValueError(f"picture {first + index} has no mask that would tell if it is anomalous: give labels")
+    return ScoredPictures(maps, checked, scores, np.array([mask.any() for mask in checked if mask is not None]))
 
 
 def label_regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +98,9 @@ def label_regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _as_tensor(values: Any) -> torch.Tensor:
     # torch can only share memory that is contiguous and writable.
-    tensor = values.detach() if isinstance(values, torch.Tensor) else torch.from_numpy(np.require(values, None, "CW"))
+    tensor = (
+        values.detach() if isinstance(values, torch.Tensor) else torch.from_numpy(np.require(values, None, ["C", "W"]))
+    )
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
