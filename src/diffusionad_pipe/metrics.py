@@ -1,12 +1,81 @@
-"""Exact detection and localisation metrics. Knows no files, and nothing is normalised or clamped before a metric."""
+"""Detection and localisation metrics. Knows no files, and nothing is normalised or clamped before a metric.
 
-from collections.abc import Sequence
+What is undefined, such as the AUROC of good pictures alone, is NaN with an `UndefinedMetricWarning` that says why.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from scipy import ndimage
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.exceptions import UndefinedMetricWarning
+from sklearn.metrics import precision_recall_curve
 
-EIGHT_CONNECTED = np.ones((3, 3), dtype=int)
+from .metrics_streaming import StreamingAnomalyMetrics
+from .operating_points import OperatingPoints, image_metrics, pixel_metrics, rank, warn_if_undefined
+from .scored_pictures import EIGHT_CONNECTED, Array, ScoredPictures, check_pictures, label_regions
+
+CURVE_POINTS = 500
+REFERENCE_THRESHOLDS = 1000
+
+
+def evaluate_maps(
+    anomaly_maps: Sequence[Array] | Array,
+    masks: Sequence[Array | None] | Array | None,
+    image_scores: Sequence[float] | Array | None = None,
+    labels: Sequence[int] | Array | None = None,
+    *,
+    fpr_limits: Sequence[float] = (0.3, 0.05),
+    method: Literal["exact", "streaming", "reference"] = "exact",
+) -> dict[str, float]:
+    """All metrics of one category.
+
+    Args:
+        anomaly_maps: `[H, W]` each, NumPy or torch, larger is more anomalous.
+        masks: `[H, W]` each, of the maps' sizes, not zero where defective; None where nobody marked the pixels: such a
+            picture counts in the image metrics and is left out of the pixel metrics.
+        image_scores: `[N]`; without them there are no image metrics.
+        labels: `[N]`, 1 where the picture is anomalous; None takes pictures with a mask that is not empty.
+        fpr_limits: limits for the AU-PRO.
+        method: "exact" takes every distinct score as a threshold; "streaming" bins the scores as
+            [`StreamingAnomalyMetrics`] does; "reference" is exact but for the AU-PRO, that of [`reference_au_pro`].
+
+    Returns:
+        image_auroc, image_ap, image_f1_max, pixel_auroc, pixel_ap, pixel_f1_max, and au_pro_<limit> for each; when
+        streaming also <metric>_error for each pixel metric, a bound. NaN, with a warning, are the image metrics without
+        good or without defective pictures, and the pixel metrics without good or without defective pixels.
+
+    Raises:
+        ValueError: for a method that does not exist, and as [`check_pictures`].
+    """
+    if method not in ("exact", "streaming", "reference"):
+        raise ValueError(f"there is no method {method!r}: use exact, streaming or reference")
+    if method == "streaming":
+        streaming = StreamingAnomalyMetrics(fpr_limits)
+        streaming.update(anomaly_maps, masks, image_scores, labels)
+        return streaming.compute()
+    pictures = check_pictures(anomaly_maps, masks, image_scores, labels)
+    metrics = {} if image_scores is None else image_metrics(pictures.scores, pictures.labels)
+    points = rank_pixels(pictures)
+    metrics |= pixel_metrics(points, fpr_limits)
+    if method == "reference" and points.defined:
+        metrics |= {f"au_pro_{limit:.2f}": reference_au_pro(anomaly_maps, masks, limit) for limit in fpr_limits}
+    return metrics
+
+
+def mean_metrics(categories: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the categories where it is not NaN; NaN where it is so in all of them.
+
+    Args:
+        categories: results of [`evaluate_maps`].
+    """
+    means = {}
+    for name in dict.fromkeys(name for metrics in categories for name in metrics):
+        values = [metrics[name] for metrics in categories if not math.isnan(metrics.get(name, math.nan))]
+        means[name] = sum(values) / len(values) if values else math.nan
+    return means
 
 
 def f1_max(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
@@ -27,102 +96,157 @@ def f1_max(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
     return float(f1[best]), float((thresholds[best] + lower) / 2)
 
 
-def au_pro(anomaly_maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], fpr_limit: float = 0.3) -> float:
+def au_pro(
+    anomaly_maps: Sequence[Array] | Array, masks: Sequence[Array | None] | Array, fpr_limit: float = 0.3
+) -> float:
     """Exact area under the per-region-overlap curve (Bergmann et al., MVTec AD, IJCV 2021).
 
     Regions are 8-connected. The false-positive rate counts all background pixels of the set, the overlap is the
     mean over all regions, every distinct score is a threshold, and the curve is interpolated at the limit.
 
     Args:
-        anomaly_maps: float `[H, W]` each.
-        masks: boolean `[H, W]` each.
+        anomaly_maps: `[H, W]` each.
+        masks: `[H, W]` each, not zero where defective.
         fpr_limit: where integration ends; the area is divided by it, so that 1 is perfect.
 
     Returns:
-        The area in [0, 1]; NaN without regions or without background.
+        The area in [0, 1]; NaN, with a warning, without regions or without background.
     """
-    # Each pixel adds either to the false-positive rate or to the overlap of its region when the threshold passes it.
-    background_gain, region_gain, scores = [], [], []
-    regions = 0
-    for anomaly_map, mask in zip(anomaly_maps, masks, strict=True):
-        labels, count = ndimage.label(mask, structure=EIGHT_CONNECTED)
-        sizes = np.bincount(labels.ravel())
-        region_gain.append(np.where(labels > 0, 1.0 / np.maximum(sizes, 1)[labels], 0.0).ravel())
-        background_gain.append((labels == 0).ravel())
-        scores.append(np.asarray(anomaly_map).ravel())
-        regions += count
-    is_background, score = np.concatenate(background_gain), np.concatenate(scores)
-    if regions == 0 or not is_background.any():
-        return float("nan")
-
-    order = np.argsort(-score, kind="stable")
-    last_of_tie = np.append(np.diff(score[order]) != 0, True)
-    fpr = np.cumsum(is_background[order])[last_of_tie] / is_background.sum()
-    pro = np.cumsum(np.concatenate(region_gain)[order])[last_of_tie] / regions
-    fpr, pro = np.insert(fpr, 0, 0.0), np.insert(pro, 0, 0.0)
-
-    # Where the curve rises straight up at the limit, it is cut at the foot of that rise.
-    end = int(np.searchsorted(fpr, fpr_limit))  # the first point at the limit or beyond
-    curve_fpr = np.append(fpr[:end], fpr_limit)
-    curve_pro = np.append(pro[:end], np.interp(fpr_limit, fpr[: end + 1], pro[: end + 1]))
-    return float(np.trapezoid(curve_pro, curve_fpr) / fpr_limit)
+    points = rank_pixels(check_pictures(anomaly_maps, masks))
+    warn_if_undefined("pixel", "pixels with a mask", points, stacklevel=2)
+    return points.au_pro(fpr_limit)
 
 
-def evaluate_maps(
-    anomaly_maps: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray | None],
-    image_scores: Sequence[float] | np.ndarray,
-    labels: Sequence[int] | np.ndarray | None = None,
-    *,
-    fpr_limits: Sequence[float] = (0.3, 0.05),
-) -> dict[str, float]:
-    """All metrics of one category.
+def reference_au_pro(
+    anomaly_maps: Sequence[Array] | Array, masks: Sequence[Array | None] | Array | None, fpr_limit: float = 0.3
+) -> float:
+    """The AU-PRO as the authors' evaluation computes it, to compare with their figures (HuiZhang0812/DiffusionAD).
+
+    Thresholds are 1000 even steps down from the largest score, in the maps' precision; holes of a region count as
+    called or not but not in its size, so its overlap can exceed 1; the curve ends at the last threshold within the
+    limit and is stretched to a width of 1, however little of the limit it covers.
 
     Args:
-        anomaly_maps: float `[H, W]` each, larger is more anomalous.
-        masks: boolean `[H, W]` each, of the maps' sizes; None where nobody marked the pixels: such a picture counts
-            in the image metrics and is left out of the pixel metrics.
-        image_scores: `[N]`.
-        labels: `[N]`, 1 where the picture is anomalous; None takes pictures with a mask that is not empty.
-        fpr_limits: limits for the AU-PRO.
+        anomaly_maps: `[H, W]` each.
+        masks: `[H, W]` each, not zero where defective.
+        fpr_limit: the largest false-positive rate that is kept.
 
     Returns:
-        image_auroc, image_ap, image_f1_max, pixel_auroc, pixel_ap, pixel_f1_max, and au_pro_<limit> for each.
-
-    Raises:
-        ValueError: when sizes differ, a score is NaN, one of the two classes is absent, no pixel is marked as
-            anomalous, or a mask and the labels are None.
+        The area. NaN, with a warning, without regions, without background, or when no threshold has a false-positive
+        rate above 0 and within the limit, as when all scores are equal.
     """
-    if labels is None:
-        unmasked = [index for index, mask in enumerate(masks) if mask is None]
-        if unmasked:
-            raise ValueError(f"picture {unmasked[0]} has no mask that would tell if it is anomalous: give labels")
-        labels = [int(np.asarray(mask, dtype=bool).any()) for mask in masks]
-    image_labels = np.asarray(labels).astype(int)
-    scores = np.asarray(image_scores, dtype=np.float64)
-    measured_maps, measured_masks = [], []  # those of the pixel metrics
-    for index, (anomaly_map, mask) in enumerate(zip(anomaly_maps, masks, strict=True)):
-        if mask is not None:
-            mask = np.asarray(mask, dtype=bool)
-            if np.shape(anomaly_map) != mask.shape:
-                raise ValueError(
-                    f"map {index} is {np.shape(anomaly_map)} and its mask {mask.shape}: resize the mask (nearest)"
-                )
-            measured_maps.append(anomaly_map)
-            measured_masks.append(mask)
-        if not (np.isfinite(anomaly_map).all() and np.isfinite(scores[index])):
-            raise ValueError(f"map or score {index} is not finite")
-    if len(set(image_labels)) < 2:
-        raise ValueError("metrics need good and defective pictures; here is only one of the two")
-    if not any(mask.any() for mask in measured_masks):
-        raise ValueError("all masks are empty or missing: pixel metrics need at least one defective pixel")
-    pixel_scores = np.concatenate([np.ravel(m) for m in measured_maps])
-    pixel_labels = np.concatenate([mask.ravel() for mask in measured_masks])
-    return {
-        "image_auroc": float(roc_auc_score(image_labels, scores)),
-        "image_ap": float(average_precision_score(image_labels, scores)),
-        "image_f1_max": f1_max(image_labels, scores)[0],
-        "pixel_auroc": float(roc_auc_score(pixel_labels, pixel_scores)),
-        "pixel_ap": float(average_precision_score(pixel_labels, pixel_scores)),
-        "pixel_f1_max": f1_max(pixel_labels, pixel_scores)[0],
-    } | {f"au_pro_{limit:.2f}": au_pro(measured_maps, measured_masks, limit) for limit in fpr_limits}
+    pictures = check_pictures(anomaly_maps, masks)
+    measured = [(m.cpu().numpy(), mask) for m, mask in zip(pictures.maps, pictures.masks) if mask is not None]
+    high = max((m.max() for m, _ in measured), default=np.float32(0))
+    low = min((m.min() for m, _ in measured), default=high)
+    step = (high - low) / REFERENCE_THRESHOLDS
+    rising = (high - np.arange(REFERENCE_THRESHOLDS, dtype=high.dtype) * step)[::-1]
+    # What is called from each threshold on, the highest first; the last entry is of pixels that none of them calls.
+    bins = REFERENCE_THRESHOLDS + 1
+    good, overlap, regions = np.zeros(bins), np.zeros(bins), 0
+    for anomaly_map, mask in measured:
+        first = REFERENCE_THRESHOLDS - np.searchsorted(rising, anomaly_map)
+        good += np.bincount(first[~mask], minlength=bins)
+        labels, count = ndimage.label(mask, structure=EIGHT_CONNECTED)
+        for number, box in enumerate(ndimage.find_objects(labels), start=1):
+            region = labels[box] == number
+            filled = ndimage.binary_fill_holes(region, structure=EIGHT_CONNECTED)
+            overlap += np.bincount(first[box][filled], minlength=bins) / region.sum()
+        regions += count
+    fpr = np.cumsum(good)[:-1] / max(good.sum(), 1)
+    pro = np.cumsum(overlap)[:-1] / max(regions, 1)
+    fpr, pro = fpr[fpr <= fpr_limit], pro[fpr <= fpr_limit]
+    if regions == 0 or fpr[-1] == 0:
+        warnings.warn(
+            f"the reference's AU-PRO is NaN: there are {regions} regions, and its thresholds with a false-positive "
+            f"rate up to {fpr_limit} reach {fpr[-1]}",
+            UndefinedMetricWarning,
+            stacklevel=2,
+        )
+        return float("nan")
+    return float(np.trapezoid(pro, fpr / fpr[-1]))
+
+
+def roc_points(labels: Array, scores: Array) -> tuple[np.ndarray, np.ndarray]:
+    """The ROC curve, thinned for drawing.
+
+    Args:
+        labels: any shape, true where anomalous.
+        scores: of the same shape, larger is more anomalous.
+
+    Returns:
+        False-positive rate and true-positive rate, at most 500 points each, both rising from 0 to 1; none without
+        positives or without negatives.
+    """
+    points = _rank_labelled(labels, scores)
+    false_positives, true_positives, _ = points.corners()
+    return _thin(points, false_positives / max(points.negatives, 1), true_positives / max(points.positives, 1))
+
+
+def pr_points(labels: Array, scores: Array) -> tuple[np.ndarray, np.ndarray]:
+    """The precision-recall curve, thinned for drawing.
+
+    Args:
+        labels: any shape, true where anomalous.
+        scores: of the same shape, larger is more anomalous.
+
+    Returns:
+        Recall, rising from 0 to 1, and precision, from 1 where nothing is called anomalous; at most 500 points each;
+        none without positives or without negatives.
+    """
+    points = _rank_labelled(labels, scores)
+    false_positives, true_positives, _ = points.corners()
+    called = false_positives + true_positives
+    precision = np.where(called > 0, true_positives / np.maximum(called, 1), 1.0)
+    return _thin(points, true_positives / max(points.positives, 1), precision)
+
+
+def pro_points(
+    anomaly_maps: Sequence[Array] | Array, masks: Sequence[Array | None] | Array
+) -> tuple[np.ndarray, np.ndarray]:
+    """The curve under which [`au_pro`] takes the area, thinned for drawing.
+
+    Args:
+        anomaly_maps: `[H, W]` each.
+        masks: `[H, W]` each, not zero where defective.
+
+    Returns:
+        False-positive rate and mean overlap of the regions, at most 500 points each, both rising from 0 to 1; none
+        without regions or without background.
+    """
+    points = rank_pixels(check_pictures(anomaly_maps, masks))
+    false_positives, _, overlap = points.corners()
+    return _thin(points, false_positives / max(points.negatives, 1), overlap)
+
+
+def rank_pixels(pictures: ScoredPictures) -> OperatingPoints:
+    """Operating points of all pixels of the pictures with masks."""
+    defective, gain, good = ([np.empty(0, dtype=np.float32)] for _ in range(3))
+    regions = 0
+    for anomaly_map, mask in zip(pictures.maps, pictures.masks):
+        if mask is None:
+            continue
+        scores = anomaly_map.cpu().numpy()
+        good.append(scores[~mask])
+        if mask.any():
+            region, sizes = label_regions(mask)
+            defective.append(scores[mask])
+            gain.append(1 / sizes[region])
+            regions += len(sizes)
+    return rank(np.concatenate(defective), np.concatenate(good), np.concatenate(gain) / max(regions, 1))
+
+
+def _rank_labelled(labels: Array, scores: Array) -> OperatingPoints:
+    flat_labels, flat_scores = np.asarray(labels, dtype=bool).ravel(), np.asarray(scores).ravel()
+    return rank(flat_scores[flat_labels], flat_scores[~flat_labels])
+
+
+def _thin(points: OperatingPoints, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most 500 points of a curve, evenly spaced along it, the first and the last among them."""
+    if not points.defined:
+        return np.empty(0), np.empty(0)
+    if len(x) <= CURVE_POINTS:
+        return x, y
+    length = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
+    kept = np.unique(np.searchsorted(length, np.linspace(0, length[-1], CURVE_POINTS)))
+    return x[kept], y[kept]
