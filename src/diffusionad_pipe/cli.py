@@ -215,7 +215,7 @@ def check_data(
     for problem in problems:
         console.print(f"{problem.severity}: {problem.message}", style=styles[problem.severity])
     errors, warnings = (sum(p.severity == severity for p in problems) for severity in ("error", "warning"))
-    console.print(f"{errors} errors, {warnings} warnings")
+    console.print(f"errors: {errors}, warnings: {warnings}")
     raise typer.Exit(2 if errors else 1 if warnings else 0)
 
 
