@@ -1,18 +1,229 @@
 """Folders of pictures in every layout."""
 
+import logging
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
+import datasets
+import layouts
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusionad_pipe.data import load_anomaly_dataset
+from diffusionad_pipe.data import export_parquet, load_anomaly_dataset, read_mask
 
 ROOT = Path(__file__).parents[1]
 HAZELNUT = ROOT / "training" / "data" / "hazelnut_toy" / "hazelnut"
 MAGNETIC_TILE = ROOT.parent / "shared" / "data" / "magnetic_tile"  # may not be shipped: tests make a tree of their own
+SCREW = ROOT.parent / "shared" / "data" / "mvtec_screw"
+
+
+def counts(splits: datasets.DatasetDict) -> dict[str, dict[str, int]]:
+    return {split: dict(Counter(rows["defect_type"])) for split, rows in splits.items()}
+
+
+LAYOUTS = [
+    (
+        layouts.mvtec_ad,
+        "mvtec",
+        "screw",
+        {"train": {"good": 4}, "test": {"good": 2, "broken_large": 3, "contamination": 1}},
+    ),
+    (layouts.mpdd, "mvtec", "bracket_black", {"train": {"good": 4}, "test": {"good": 2, "hole": 2}}),
+    (
+        layouts.mvtec_ad_2,
+        "mvtec_ad_2",
+        "can",
+        {"train": {"good": 2}, "validation": {"good": 2}, "test": {"good": 2, "bad": 2}},
+    ),
+    (
+        layouts.mvtec_3d,
+        "mvtec_3d",
+        "bagel",
+        {"train": {"good": 2}, "validation": {"good": 2}, "test": {"good": 2, "crack": 2}},
+    ),
+    (layouts.visa, "visa", "pcb1", {"train": {"good": 3}, "test": {"good": 2, "bad": 2}}),
+    (layouts.visa_reorganised, "mvtec", "candle", {"train": {"good": 3}, "test": {"good": 2, "bad": 2}}),
+    (layouts.btad, "btad", "03", {"train": {"good": 2}, "test": {"good": 2, "ko": 2}}),
+    (
+        layouts.dagm,
+        "dagm",
+        "Class10",
+        {"train": {"good": 3}, "train_defective": {"defect": 1}, "test": {"good": 3, "defect": 1}},
+    ),
+    (
+        layouts.kolektor_sdd2,
+        "kolektor_sdd2",
+        None,
+        {"train": {"good": 3}, "train_defective": {"defect": 1}, "test": {"good": 3, "defect": 1}},
+    ),
+    (
+        layouts.magnetic_tile,
+        "magnetic_tile",
+        None,
+        {"train": {"good": 4}, "test": {"good": 1, "blowhole": 2, "uneven": 1}},
+    ),
+    (layouts.plain, "mvtec", None, {"train": {"good": 2}, "test": {"good": 1, "Riß": 2}}),
+]
+
+
+@pytest.mark.parametrize(("make", "layout", "category", "expected"), LAYOUTS)
+def test_published_layouts(make, layout: str, category: str | None, expected, tmp_path: Path, caplog) -> None:
+    root = tmp_path / "Prüf daten"
+    make(root)
+    caplog.set_level(logging.INFO)
+    splits = load_anomaly_dataset(root, category=category)
+    assert f"{category or root.name}: layout {layout}; train: " in caplog.text
+    assert counts(splits) == expected
+    for split, rows in splits.items():
+        assert set(rows["category"]) == {category or root.name} and set(rows["split"]) == {split}
+        for image, mask, label, path in zip(rows["image"], rows["mask"], rows["label"], rows["path"]):
+            assert np.array_equal(np.asarray(image), np.asarray(Image.open(path)))
+            assert (label == 1) == (mask is not None) == (split in ("test", "train_defective") and mask is not None)
+            if mask is not None:  # it is the mask of this picture
+                assert read_mask(mask).sum() == 5 * layouts.width(path)
+    named = load_anomaly_dataset(root, layout=layout, category=category)
+    assert {split: rows["path"][:] for split, rows in named.items()} == {s: r["path"][:] for s, r in splits.items()}
+
+    every = load_anomaly_dataset(root, category="all")
+    paths = [path for rows in every.values() for path in rows["path"]]
+    assert len(set(paths)) == len(paths) and {p for rows in splits.values() for p in rows["path"]} <= set(paths)
+    if category is not None and len(set(every["train"]["category"])) > 1:
+        with pytest.raises(ValueError, match="holds several categories, choose one"):
+            load_anomaly_dataset(root)
+    elif category is not None:  # also without its name, and from within
+        assert counts(load_anomaly_dataset(root)) == expected
+    if category is not None:
+        assert counts(load_anomaly_dataset(root / category)) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "marked"),
+    [
+        ([0, 1, 254, 255], "1", [0, 0, 1, 1]),
+        ([0, 1, 2, 200], "P", [0, 1, 1, 1]),
+        ([0, 1, 7, 10], "L", [0, 1, 1, 1]),  # numbers of defects
+        ([0, 1, 30, 31], "L", [0, 1, 1, 1]),
+        ([0, 1, 31, 32], "L", [0, 0, 0, 0]),  # nothing reaches half of white
+        ([0, 0, 0, 0], "L", [0, 0, 0, 0]),
+        ([0, 0, 255, 255], "L", [0, 0, 1, 1]),
+        ([1, 127, 128, 255], "L", [0, 0, 1, 1]),  # anti-aliased
+        ([1, 127, 128, 176], "L", [0, 0, 1, 1]),
+        ([0, 255, 32767, 32768], "I;16", [0, 0, 0, 1]),
+        ([0, 1, 127, 255], "I;16", [0, 0, 0, 1]),
+        ([0, 1, 2, 3], "I;16", [0, 1, 1, 1]),
+    ],
+)
+def test_read_mask(values: list[int], mode: str, marked: list[int], tmp_path: Path) -> None:
+    array = np.array([values], dtype=np.uint16 if mode == "I;16" else np.uint8)
+    mask = Image.fromarray(array > 200 if mode == "1" else array)
+    if mode == "P":
+        mask.putpalette([255, 255, 255] + [0, 0, 0] * 255)  # black on white: the index counts, not the colour
+    assert mask.mode == mode
+    mask.save(tmp_path / "mask.png")
+    for source in (mask, tmp_path / "mask.png", str(tmp_path / "mask.png")):
+        region = read_mask(source)
+        assert region.dtype == bool and region.shape == (1, 4) and region[0].tolist() == [bool(m) for m in marked]
+
+
+def test_read_mask_in_colour() -> None:
+    red = np.zeros((2, 3, 4), dtype=np.uint8)
+    red[0, 0] = (255, 0, 0, 255)
+    red[1, 2] = (0, 0, 128, 0)
+    for mask in (Image.fromarray(red), Image.fromarray(red[..., :3])):
+        assert read_mask(mask).tolist() == [[True, False, False], [False, False, True]]
+
+
+@pytest.mark.parametrize("make", [layouts.mvtec_ad, layouts.visa, layouts.kolektor_sdd2, layouts.plain])
+def test_parquet_gives_the_same_back(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("diffusionad_pipe.data.PICTURES_PER_FILE", 3)
+    root = tmp_path / "data"
+    make(root)
+    splits = load_anomaly_dataset(root, category="all")
+    export_parquet(splits, tmp_path / "export")
+    with pytest.raises(ValueError, match="holds Parquet files already"):
+        export_parquet(splits, tmp_path / "export")
+    shutil.rmtree(root)  # decoded from the files alone
+    make(root)
+    for loaded in (
+        load_anomaly_dataset(tmp_path / "export", category="all"),
+        datasets.load_dataset(str(tmp_path / "export")),
+    ):
+        assert list(loaded) == list(splits)
+        for split, rows in splits.items():
+            assert loaded[split].features == rows.features
+            for column in ("label", "defect_type", "category", "split"):
+                assert loaded[split][column][:] == rows[column][:]
+            for name, path in zip(loaded[split]["path"], rows["path"]):
+                assert str(tmp_path) not in name and path.endswith(name)
+            for column in ("image", "mask"):
+                for there, here in zip(loaded[split][column], rows[column]):
+                    if here is None:
+                        assert there is None
+                    else:
+                        assert there.mode == here.mode and np.array_equal(np.asarray(there), np.asarray(here))
+
+
+def test_categories_of_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    layouts.visa(tmp_path / "visa")
+    export_parquet(load_anomaly_dataset(tmp_path / "visa", category="all"), tmp_path / "export")
+    one = load_anomaly_dataset(tmp_path / "export", category="pcb1")
+    assert set(one["test"]["category"]) == {"pcb1"} and counts(one) == counts(
+        load_anomaly_dataset(tmp_path / "visa", category="pcb1")
+    )
+    with pytest.raises(ValueError, match="choose one: candle, pcb1"):
+        load_anomaly_dataset(tmp_path / "export")
+    with pytest.raises(ValueError, match="no category 'pcb'; it has: candle, pcb1"):
+        load_anomaly_dataset(tmp_path / "export", category="pcb")
+    with pytest.raises(ValueError, match="write them with export_parquet"):
+        load_anomaly_dataset(tmp_path / "visa", layout="parquet")
+
+
+def test_a_partial_download_names_every_missing_file(tmp_path: Path) -> None:
+    layouts.visa(tmp_path / "visa")
+    gone = [
+        "candle/Data/Images/Normal/0002.JPG",
+        "candle/Data/Masks/Anomaly/012.png",
+        "pcb1/Data/Images/Anomaly/000.JPG",
+    ]
+    for name in gone:
+        (tmp_path / "visa" / name).unlink()
+    with pytest.raises(ValueError, match="these 3 files are missing; download it again") as error:
+        load_anomaly_dataset(tmp_path / "visa", category="all")
+    assert all(name in str(error.value) for name in gone)
+    (tmp_path / "visa" / "split_csv" / "1cls.csv").unlink()
+    with pytest.raises(ValueError, match=r"1cls\.csv: there is no such file"):
+        load_anomaly_dataset(tmp_path / "visa", category="candle")
+
+    layouts.dagm(tmp_path / "dagm")
+    (tmp_path / "dagm" / "Class1" / "Train" / "Label" / "0577_label.PNG").unlink()
+    with pytest.raises(ValueError, match="0577_label.PNG"):
+        load_anomaly_dataset(tmp_path / "dagm", category="Class1")
+
+    layouts.mpdd(tmp_path / "mpdd")
+    shutil.rmtree(tmp_path / "mpdd" / "bracket_black" / "train")  # what is left is not taken for good pictures
+    for folder in (tmp_path / "mpdd", tmp_path / "mpdd" / "bracket_black"):
+        with pytest.raises(ValueError, match="add its train/good"):
+            load_anomaly_dataset(folder)
+
+
+def test_datasets_that_lack_something_load(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    layouts.plain(root)
+    shutil.rmtree(root / "ground_truth")
+    assert load_anomaly_dataset(root)["test"]["mask"][:] == [None] * 3
+    shutil.rmtree(root / "test" / "good")
+    assert counts(load_anomaly_dataset(root))["test"] == {"Riß": 2}
+    shutil.rmtree(root / "test" / "Riß")
+    assert list(load_anomaly_dataset(root)) == ["train"]
+    shutil.rmtree(root / "train" / "good")
+    (root / "train" / "good").mkdir()
+    with pytest.raises(ValueError, match="has no pictures to train on"):
+        load_anomaly_dataset(root)
 
 
 @pytest.fixture
@@ -80,6 +291,14 @@ def test_the_real_magnetic_tiles() -> None:
     assert [mask is None for mask in masks] == [True] * 191 + [False] * 392
 
 
+@pytest.mark.skipif(not SCREW.is_dir(), reason="MVTec AD's screw is not in ../shared/data/mvtec_screw")
+def test_the_real_screws() -> None:
+    splits = load_anomaly_dataset(SCREW)
+    assert counts(splits)["train"] == {"good": 320} and counts(splits)["test"].pop("good") == 41
+    masks = splits["test"].cast_column("mask", datasets.Image(decode=False))["mask"]
+    assert sum(splits["test"]["label"]) == sum(mask is not None for mask in masks) == 119
+
+
 def test_mvtec() -> None:
     splits = load_anomaly_dataset(HAZELNUT)
     assert len(splits["train"]) == 28 and Counter(splits["test"]["defect_type"]) == {"good": 6, "colour": 17}
@@ -98,7 +317,13 @@ def test_unusable_folders(tmp_path: Path) -> None:
         load_anomaly_dataset(tmp_path / "nothing")
     with pytest.raises(ValueError, match="no category 'nut'; it has: hazelnut"):
         load_anomaly_dataset(HAZELNUT.parent, category="nut")
-    with pytest.raises(ValueError, match="auto, mvtec, magnetic_tile or folder, not 'visa'"):
+    with pytest.raises(ValueError, match="did you mean hazelnut"):
+        load_anomaly_dataset(HAZELNUT.parent, category="hazlenut")
+    with pytest.raises(ValueError, match="magnetic_tile, folder or parquet, not 'mvtc'"):
+        load_anomaly_dataset(HAZELNUT, layout="mvtc")
+    with pytest.raises(ValueError, match="is not laid out as visa, which has Data/Images"):
         load_anomaly_dataset(HAZELNUT, layout="visa")
+    with pytest.raises(ValueError, match="is not a folder"):
+        load_anomaly_dataset(HAZELNUT / "test" / "good" / "04.jpg")
     with pytest.raises(ValueError, match="has no pictures"):
         load_anomaly_dataset(tmp_path)

@@ -16,17 +16,10 @@ from tqdm.auto import tqdm
 
 from diffusionad_pipe import DiffusionADPipeline, open_image
 from diffusionad_pipe.cli import default_device
-from diffusionad_pipe.data import load_anomaly_dataset
+from diffusionad_pipe.data import load_anomaly_dataset, read_mask
 from diffusionad_pipe.image_files import write_atomically
 from diffusionad_pipe.metrics import evaluate_maps
 from diffusionad_pipe.model_card import METRIC_NAMES, write_results
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """A mask as booleans `[H, W]`: indices of a palette and bits as they are, grey values from the middle on."""
-    mask = open_image(path)
-    values = np.asarray(mask if mask.mode in ("1", "P") else mask.convert("L"))
-    return values > (0 if mask.mode in ("1", "P") or values.max() <= 1 else 127)
 
 
 def evaluate(model: str, data: str, category: str | None, batch_size: int) -> dict[str, float]:

@@ -1,5 +1,5 @@
 """The command line: `diffusionad predict` finds defects in pictures, `diffusionad preview-synthesis` shows what a
-model would be trained on."""
+model would be trained on, `diffusionad check-data` what is wrong with a dataset."""
 
 import csv
 import json
@@ -189,6 +189,34 @@ def preview_synthesis(
             style="yellow",
         )
     console.print(f"the first {count} are in {output}", markup=False)
+
+
+@app.command()
+def check_data(
+    path: Annotated[Path, typer.Argument(help="Folder of one category, or of several.")],
+    category: Annotated[str, typer.Option(help="Sub-folder, where the folder holds several; all: every one.")] = "all",
+    layout: Annotated[str, typer.Option(help="As load_anomaly_dataset takes it; auto: whichever fits.")] = "auto",
+) -> None:
+    """Report every problem of a dataset in one pass, and count its pictures.
+
+    Finds missing, stray, empty and odd masks, sizes that differ, the same picture in two splits, unreadable and missing
+    files. Exit code: 0 if nothing was found, 1 if there are only warnings, 2 if there are errors or for wrong usage.
+    """
+    try:
+        from .check_data import check_data as check
+    except ModuleNotFoundError as error:
+        fail(f'{error.name} is not installed, which this command needs: pip install "diffusionad_pipe[train]"')
+    try:
+        problems = check(path, layout, category)
+    except (ValueError, OSError) as error:
+        fail(error)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    styles = {"error": "red", "warning": "yellow", "note": ""}
+    for problem in problems:
+        console.print(f"{problem.severity}: {problem.message}", style=styles[problem.severity])
+    errors, warnings = (sum(p.severity == severity for p in problems) for severity in ("error", "warning"))
+    console.print(f"errors: {errors}, warnings: {warnings}")
+    raise typer.Exit(2 if errors else 1 if warnings else 0)
 
 
 def fail(error: object) -> NoReturn:

@@ -1,15 +1,26 @@
 """Pictures with labels and masks from a folder, as a `datasets.DatasetDict`."""
 
+import difflib
+import logging
 import os
-import random
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+from datasets.table import embed_table_storage
+from PIL import Image
+from tqdm.auto import tqdm
 
-from .image_files import IMAGE_SUFFIXES, find_images
+from .data_layouts import LAYOUTS, Entry, split_of
+from .image_files import PathLike, open_image, write_atomically
 
-LAYOUTS = ("mvtec", "magnetic_tile", "folder")
+logger = logging.getLogger(__name__)
+
+HIGHEST_ID = 31  # a mask without larger values holds the numbers of defects: VisA's do, and anti-aliased ones do not
+PICTURES_PER_FILE = 200  # of an export: a few hundred megabytes, which are held in memory
 
 FEATURES = datasets.Features(
     {
@@ -24,23 +35,75 @@ FEATURES = datasets.Features(
 )
 
 
-def load_anomaly_dataset(
-    path: str | os.PathLike[str], layout: str = "auto", category: str | None = None
-) -> datasets.DatasetDict:
-    """Load the pictures of one category.
+def load_anomaly_dataset(path: PathLike, layout: str = "auto", category: str | None = None) -> datasets.DatasetDict:
+    """Load the pictures of one category, or of all.
 
     Args:
         path: a folder in one of the layouts, or with one such folder for each category.
-        layout: `"mvtec"`: `train/good`, `test/<defect type>`, `ground_truth/<defect type>` with masks paired by stem,
-            with or without `_mask`; `"magnetic_tile"`: `MT_Free/Imgs` and `MT_<Defect type>/Imgs` with JPEG pictures
-            and PNG masks of the same stems beside them, as Magnetic-Tile-Defect (Huang et al.) comes; `"folder"`: any
-            folder of good pictures, all for training; `"auto"`: whichever fits.
-        category: the sub-folder, where `path` holds several.
+        layout: what was found is logged where it is `"auto"`; else one of
+
+            - `"mvtec"`: `train/good`, `test/<defect type>`, `ground_truth/<defect type>` with masks paired by stem,
+              with or without `_mask`: MVTec AD, MPDD, VisA as its authors' script reorganises it, your own pictures;
+            - `"mvtec_ad_2"`: the same with `test_public` and its `ground_truth`; the private tests have no labels and
+              are left out;
+            - `"mvtec_3d"`: the RGB pictures of MVTec 3D-AD, in folders `rgb`, with masks in folders `gt`;
+            - `"visa"`: VisA as published; `split_csv/1cls.csv` says what is for training;
+            - `"btad"`: `train/ok`, `test/{ok,ko}`, `ground_truth/ko`;
+            - `"dagm"`: a class of DAGM 2007, `{Train,Test}/*.PNG` with `Label/*_label.PNG` for the defective ones;
+            - `"kolektor_sdd2"`: `{train,test}/*.png` with a mask `*_GT.png` each, of which the good ones' are empty;
+            - `"magnetic_tile"`: `MT_Free/Imgs` and `MT_<Defect type>/Imgs` with JPEG pictures and PNG masks of the same
+              stems beside them, as Magnetic-Tile-Defect (Huang et al.) comes;
+            - `"folder"`: any folder of good pictures, all for training;
+            - `"parquet"`: what [`export_parquet`] wrote.
+        category: the sub-folder, where `path` holds several; `"all"` takes every one.
 
     Returns:
-        Splits `train` and, if there are test pictures, `test`, with the columns image, mask (None for good pictures
-        and where there is none), label (0 good, 1 defective), defect_type, category, split and path. Masks are not
-        opened, so one may be empty.
+        Splits `train` and, where there are such pictures, `validation` (good ones that the publisher sets aside),
+        `train_defective` (the publisher's training folder holds them, they are no examples of normal) and `test`, with
+        the columns image, mask (None for good pictures and where there is none), label (0 good, 1 defective),
+        defect_type, category, split and path. Masks are opened only where nothing else tells whether a picture is
+        good, so one may be empty: `diffusionad check-data` finds out.
+
+    Raises:
+        ValueError: names the folder or every missing file, the cause and the cure.
+    """
+    if layout == "parquet" or (layout == "auto" and is_export(path)):
+        return _load_parquet(path, category)
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "train_defective": [], "test": []}
+    missing: list[Path] = []
+    for name, (folder, found_layout) in find_categories(path, layout, category).items():
+        entries = LAYOUTS[found_layout].read(folder)
+        absent = [file for entry in entries for file in (entry.picture, entry.mask) if file and not file.is_file()]
+        missing += absent
+        if absent:
+            continue
+        undecided = any(entry.defect_type is None for entry in entries)
+        entries = [
+            decide(entry) for entry in tqdm(entries, "reading masks", unit="mask", leave=False, disable=not undecided)
+        ]
+        if not any(entry.split == "train" for entry in entries):
+            raise ValueError(f"{folder} has no pictures to train on; the layout {found_layout} was looked for")
+        logger.info(describe(name, found_layout, entries))
+        for entry in entries:
+            rows[entry.split].append(_row(entry, name))
+    if missing:
+        listed = "\n  ".join(map(str, missing))
+        raise ValueError(
+            f"{path} is incomplete, these {len(missing)} files are missing; download it again:\n  {listed}"
+        )
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(entries, features=FEATURES) for split, entries in rows.items() if entries}
+    )
+
+
+def find_categories(path: PathLike, layout: str = "auto", category: str | None = None) -> dict[str, tuple[Path, str]]:
+    """Find the categories in a folder and how each is laid out.
+
+    Args:
+        path, layout, category: as in [`load_anomaly_dataset`], without `"parquet"`.
+
+    Returns:
+        (folder, layout) of each chosen category by its name; one, unless `category` is `"all"`.
 
     Raises:
         ValueError: names the folder, the cause and the cure.
@@ -48,87 +111,158 @@ def load_anomaly_dataset(
     root = Path(path)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder: give the folder that holds the pictures")
-    good_folders = [folder for pattern in ("*/train/good", "*/MT_Free/Imgs") for folder in root.glob(pattern)]
-    categories = sorted({folder.parent.parent.name for folder in good_folders})
-    if category is not None:
-        if not (root / category).is_dir():
-            raise ValueError(f"{root} has no category {category!r}; it has: {', '.join(categories) or 'none'}")
-        root = root / category
-    elif categories:
-        if len(categories) > 1:
-            raise ValueError(f"{root} holds several categories, choose one: {', '.join(categories)}")
-        root = root / categories[0]
+    names = ("auto", *LAYOUTS, "parquet")
+    if layout not in names:
+        raise ValueError(f"layout must be {', '.join(names[:-1])} or {names[-1]}, not {layout!r}")
 
-    if layout == "auto":
-        is_magnetic_tile = (root / "MT_Free" / "Imgs").is_dir()
-        layout = "mvtec" if (root / "train" / "good").is_dir() else "magnetic_tile" if is_magnetic_tile else "folder"
-    if layout == "mvtec":
-        rows = _mvtec_rows(root)
-    elif layout == "magnetic_tile":
-        rows = _magnetic_tile_rows(root)
-    elif layout == "folder":
-        rows = {"train": [_row(picture, None, "good", root.name, "train") for picture in find_images([root])]}
+    def layout_of(folder: Path) -> str | None:
+        wanted = [name for name in LAYOUTS if name != "folder"] if layout == "auto" else [layout]
+        return next((name for name in wanted if any(folder.glob(LAYOUTS[name].signature))), None)
+
+    found: dict[str, tuple[Path, str]] = {}
+    if own := layout_of(root):
+        found = {root.absolute().name: (root, own)}
     else:
-        raise ValueError(f"layout must be auto, {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}, not {layout!r}")
-    return datasets.DatasetDict(
-        {split: datasets.Dataset.from_list(entries, features=FEATURES) for split, entries in rows.items()}
+        found = {f.name: (f, its) for f in sorted(root.glob("*/")) if (its := layout_of(f))}
+    plain = root if category in (None, "all") else root / category
+    known = bool(found) if plain == root else category in found
+    if not known and plain.is_dir() and layout in ("auto", "folder"):
+        if layout == "auto":
+            _refuse_remains(plain)
+        return {plain.absolute().name: (plain, "folder")}
+    if category in (None, "all") and not found:
+        raise ValueError(f"{root} is not laid out as {layout}, which has {LAYOUTS[layout].signature}")
+    if category == "all" or (category is None and len(found) == 1):
+        return found
+    if category is None:
+        raise ValueError(f"{root} holds several categories, choose one: {', '.join(found)}")
+    if category not in found:
+        close = difflib.get_close_matches(category, found)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"{root} has no category {category!r}; it has: {', '.join(found) or 'none'}{hint}")
+    return {category: found[category]}
+
+
+def _refuse_remains(folder: Path) -> None:
+    """A plain folder's every picture is taken for a good one, which those of an incomplete dataset are not."""
+    for name in ("test", "Test", "test_public", "ground_truth"):
+        if any(folder.glob(name)) or any(folder.glob(f"*/{name}")):
+            raise ValueError(
+                f"{folder} holds {name} but no layout that is known: add its train/good, "
+                'or say layout="folder" if all its pictures are good'
+            )
+
+
+def decide(entry: Entry) -> Entry:
+    """Tell whether a picture is good from its mask, where nothing else does."""
+    if entry.defect_type is not None or entry.mask is None:
+        return entry
+    defect_type = "defect" if read_mask(entry.mask).any() else "good"
+    return entry._replace(defect_type=defect_type, split=split_of(entry.split, defect_type))
+
+
+def describe(category: str, layout: str, entries: Iterable[Entry]) -> str:
+    """Say in one line what was found: the layout, and how many pictures of which defect type each split has."""
+    counts = Counter((entry.split, entry.defect_type or "undecided") for entry in entries)
+    splits = {split: None for split, _ in counts}  # in their order
+    listed = (
+        f"{split}: " + ", ".join(f"{count} {defect_type}" for (s, defect_type), count in counts.items() if s == split)
+        for split in splits
     )
+    return "; ".join((f"{category}: layout {layout}", *listed))
 
 
-def _mvtec_rows(root: Path) -> dict[str, list[dict[str, Any]]]:
-    good = find_images([root / "train" / "good"])
-    rows = {"train": [_row(picture, None, "good", root.name, "train") for picture in good]}
-    if (root / "test").is_dir():
-        rows["test"] = []
-        for folder in sorted(p for p in (root / "test").iterdir() if p.is_dir()):
-            masks = _masks_by_stem(root / "ground_truth" / folder.name)
-            for picture in find_images([folder]):
-                rows["test"].append(_row(picture, masks.get(picture.stem), folder.name, root.name, "test"))
-    return rows
-
-
-def _magnetic_tile_rows(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """There is no official split: 80 % of the good pictures, drawn with a fixed seed, are for training; the others and
-    all defective ones are for testing."""
-    good, _ = _tiles(root / "MT_Free" / "Imgs")  # its masks, where a release has them, are empty
-    random.Random(0).shuffle(good)
-    count = len(good) * 4 // 5
-    # Sorted again, as in the other layouts, so that pictures held out for validation are spread over the series.
-    rows = {
-        "train": [_row(picture, None, "good", root.name, "train") for picture in sorted(good[:count])],
-        "test": [_row(picture, None, "good", root.name, "test") for picture in sorted(good[count:])],
-    }
-    for folder in sorted(root.glob("MT_*/Imgs")):
-        defect_type = folder.parent.name.removeprefix("MT_").lower()
-        if defect_type != "free":
-            pictures, masks = _tiles(folder)
-            rows["test"] += [_row(p, masks.get(p.stem), defect_type, root.name, "test") for p in pictures]
-    return rows
-
-
-def _tiles(folder: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The pictures of a folder of Magnetic-Tile-Defect by name, and its masks by stem: only their suffixes differ."""
-    files = find_images([folder])
-    pictures = sorted((file for file in files if file.suffix.lower() == ".jpg"), key=lambda file: file.name)
-    if not pictures:
-        raise ValueError(f"{folder} has no pictures that end in .jpg: those that end in .png are taken for masks")
-    return pictures, {file.stem: file for file in files if file.suffix.lower() == ".png"}
-
-
-def _masks_by_stem(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        return {}
-    masks = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    return {mask.stem.removesuffix("_mask"): mask for mask in masks}
-
-
-def _row(picture: Path, mask: Path | None, defect_type: str, category: str, split: str) -> dict[str, Any]:
+def _row(entry: Entry, category: str) -> dict[str, Any]:
+    defective = entry.defect_type != "good"
     return {
-        "image": str(picture),
-        "mask": None if mask is None else str(mask),
-        "label": int(defect_type != "good"),
-        "defect_type": defect_type,
+        "image": str(entry.picture),
+        "mask": str(entry.mask) if entry.mask is not None and defective else None,
+        "label": int(defective),
+        "defect_type": entry.defect_type,
         "category": category,
-        "split": split,
-        "path": str(picture),
+        "split": entry.split,
+        "path": str(entry.picture),
     }
+
+
+def read_mask(mask: PathLike | Image.Image) -> np.ndarray:
+    """Where a mask marks a defect.
+
+    A bit, or an index of a palette, marks if it is not 0. So does a grey value if the whole mask has none above
+    `HIGHEST_ID`: they are numbers of defects. Otherwise a mask may be anti-aliased, and a value marks if it is above
+    half of white: from 128 on, or 32768 where there are values above 255. Of colours the brightest channel counts, and
+    transparency does not.
+
+    Args:
+        mask: its file, or the picture as [`open_image`] or a dataset's column gives it.
+
+    Returns:
+        bool `[H, W]`.
+
+    Raises:
+        ImageFileError: if the file cannot be read.
+    """
+    image = mask if isinstance(mask, Image.Image) else open_image(mask)
+    values = mask_values(image)
+    highest = values.max()
+    if image.mode in ("1", "P") or highest <= HIGHEST_ID:
+        return values > 0
+    return values > (127 if highest <= 255 else 32767)
+
+
+def mask_values(mask: Image.Image) -> np.ndarray:
+    """The values of a mask `[H, W]` as they are stored, the highest of a colour's three."""
+    if mask.mode in ("1", "P", "L", "F") or mask.mode.startswith("I"):
+        return np.asarray(mask)
+    return np.asarray(mask.convert("RGB")).max(axis=-1)
+
+
+def export_parquet(dataset: datasets.DatasetDict, folder: PathLike) -> None:
+    """Write a dataset as Parquet files that hold the pictures and masks themselves, byte by byte, as the Hub has them.
+
+    `datasets.load_dataset` reads the folder, here or uploaded. Of the column `path` it keeps what lies below the folder
+    that all pictures share: how a disk is laid out is nobody's business.
+
+    Args:
+        dataset: as [`load_anomaly_dataset`] gives it.
+        folder: is made; must not hold an export yet.
+
+    Raises:
+        ValueError: if it does.
+    """
+    data = Path(folder) / "data"
+    if any(data.glob("*.parquet")):
+        raise ValueError(f"{data} holds Parquet files already: choose another folder, or remove them")
+    data.mkdir(parents=True, exist_ok=True)
+    shared = os.path.commonpath([os.path.dirname(path) for rows in dataset.values() for path in rows["path"]])
+    for split, rows in dataset.items():
+        rows = rows.map(lambda path: {"path": Path(path).relative_to(shared).as_posix()}, input_columns="path")
+        count = -(-len(rows) // PICTURES_PER_FILE)
+        for index in tqdm(range(count), f"exporting {split}", unit="file", leave=False):
+            part = rows.shard(count, index).with_format("arrow")
+            embedded = part.map(embed_table_storage, batched=True, keep_in_memory=True).with_format(None)
+            write_atomically(data / f"{split}-{index:05d}-of-{count:05d}.parquet", embedded.to_parquet)
+
+
+def is_export(path: PathLike) -> bool:
+    """Whether a folder is laid out as [`export_parquet`] and the Hub do."""
+    return any(Path(path).glob("data/*-of-*.parquet"))
+
+
+def _load_parquet(path: PathLike, category: str | None) -> datasets.DatasetDict:
+    if not is_export(path):
+        raise ValueError(f"{path} has no Parquet files data/<split>-*-of-*.parquet: write them with export_parquet")
+    splits = datasets.load_dataset(str(path))
+    if not all(set(FEATURES) <= set(rows.features) for rows in splits.values()):
+        raise ValueError(
+            f"{path} was not written by export_parquet: it lacks some of the columns {', '.join(FEATURES)}"
+        )
+    names = sorted({name for rows in splits.values() for name in rows.unique("category")})
+    if category == "all" or (category is None and len(names) == 1):
+        return splits
+    if category is None:
+        raise ValueError(f"{path} holds several categories, choose one: {', '.join(names)}")
+    if category not in names:
+        raise ValueError(f"{path} has no category {category!r}; it has: {', '.join(names)}")
+    chosen = splits.filter(lambda name: name == category, input_columns="category")
+    return datasets.DatasetDict({split: rows for split, rows in chosen.items() if len(rows)})

@@ -1,0 +1,199 @@
+"""The layouts that datasets of defects come in: which pictures a folder holds, what for, and with which masks.
+
+Masks are paired by name, never by position. Pictures of defects in a publisher's training folder get a split of their
+own, `train_defective`: what is learned as normal must be.
+"""
+
+import csv
+import random
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from .image_files import IMAGE_SUFFIXES, ImageFileError, find_images
+
+
+class Entry(NamedTuple):
+    """One picture of a dataset; neither of its files has been opened, and those that a list names may be missing.
+
+    Args:
+        picture: its file.
+        mask: the file that marks its defect, also where the publisher gives an empty one for a good picture.
+        defect_type: `"good"` or what is wrong; None where only the mask tells, by being empty or not.
+        split: `train`, `validation` (good pictures only), `train_defective` or `test`.
+    """
+
+    picture: Path
+    mask: Path | None
+    defect_type: str | None
+    split: str
+
+
+class Layout(NamedTuple):
+    """How the folder of one category is laid out.
+
+    Args:
+        signature: a pattern that matches something in every such folder, and in no folder of a layout further down.
+        owned: a pattern for files that each belong to a picture: masks, and pictures where a list names all.
+        read: lists the pictures of such a folder.
+    """
+
+    signature: str
+    owned: str
+    read: Callable[[Path], list[Entry]]
+
+
+def split_of(split: str, defect_type: str) -> str:
+    """The split of a picture that its publisher puts into `split`."""
+    return "train_defective" if split == "train" and defect_type != "good" else split
+
+
+def is_picture(file: Path) -> bool:
+    """Whether a file's name is a picture's, and not that of a hidden file."""
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+
+
+def _read_folder(root: Path) -> list[Entry]:
+    return [Entry(picture, None, "good", "train") for picture in _pictures(root)]
+
+
+def _read_mvtec(root: Path, good: str = "good", test: str = "test", ground_truth: str = "ground_truth") -> list[Entry]:
+    entries = [
+        Entry(picture, None, "good", split)
+        for split in ("train", "validation")
+        for picture in _pictures(root / split / good)
+    ]
+    for folder in _folders(root / test):
+        if folder != root / ground_truth:  # AD 2 keeps it beside the types
+            defect_type = "good" if folder.name == good else folder.name
+            masks = _masks(root / ground_truth / folder.name)
+            entries += [Entry(p, _mask_of(p, masks), defect_type, "test") for p in _pictures(folder)]
+    return entries
+
+
+def _read_mvtec_3d(root: Path) -> list[Entry]:
+    entries = [
+        Entry(picture, None, "good", split)
+        for split in ("train", "validation")
+        for picture in _pictures(root / split / "good" / "rgb")
+    ]
+    for folder in _folders(root / "test"):
+        masks = _masks(folder / "gt")
+        entries += [Entry(p, _mask_of(p, masks), folder.name, "test") for p in _pictures(folder / "rgb")]
+    return entries
+
+
+def _read_visa(root: Path) -> list[Entry]:
+    table = visa_table(root.parent)
+    rows = [row for row in table if row["object"] == root.name]
+    if not rows:
+        raise ValueError(f"{root.parent}/split_csv/1cls.csv names no pictures of {root.name}: keep the folders' names")
+    entries = []
+    for row in rows:
+        mask = root.parent / row["mask"] if row["mask"] else None
+        defect_type = "good" if row["label"] == "normal" else "bad"
+        entries.append(Entry(root.parent / row["image"], mask, defect_type, split_of(row["split"], defect_type)))
+    return sorted(entries, key=lambda entry: entry.split == "test")  # otherwise in the order of the list
+
+
+def visa_table(root: Path) -> list[dict[str, str]]:
+    """The rows of VisA's list of all pictures, `split_csv/1cls.csv`: object, split, label, image and mask."""
+    path = root / "split_csv" / "1cls.csv"
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file, which says what is for training; copy it from VisA's archive")
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = {"object", "split", "label", "image", "mask"} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; copy it again from VisA's archive")
+        return list(reader)
+
+
+def _read_dagm(root: Path) -> list[Entry]:
+    entries = []
+    for split in ("train", "test"):
+        folder = root / split.title()
+        masks = {mask.name: mask for mask in (folder / "Label").glob("*_label.*")}
+        for table in (folder / "Label").glob("[Ll]abels.txt"):  # names also masks that were not downloaded
+            for name in re.findall(r"\S+_label\.\w+", table.read_text(encoding="utf-8")):
+                masks.setdefault(name, folder / "Label" / name)
+        for picture in sorted(filter(is_picture, folder.glob("*"))):
+            mask = masks.get(f"{picture.stem}_label{picture.suffix}")
+            defect_type = "good" if mask is None else "defect"
+            entries.append(Entry(picture, mask, defect_type, split_of(split, defect_type)))
+    return entries
+
+
+def _read_kolektor_sdd2(root: Path) -> list[Entry]:
+    return [
+        Entry(picture, picture.with_name(f"{picture.stem}_GT.png"), None, split)
+        for split in ("train", "test")
+        for picture in _pictures(root / split)
+        if not picture.stem.endswith("_GT")
+    ]
+
+
+def _read_magnetic_tile(root: Path) -> list[Entry]:
+    """There is no official split: 80 % of the good pictures, drawn with a fixed seed, are for training; the others and
+    all defective ones are for testing."""
+    good = _read_tiles(root / "MT_Free" / "Imgs", "good")
+    random.Random(0).shuffle(good)
+    count = len(good) * 4 // 5
+    # Sorted again, as in the other layouts, so that pictures held out for validation are spread over the series.
+    entries = [entry._replace(split="train") for entry in sorted(good[:count])] + sorted(good[count:])
+    for folder in sorted(root.glob("MT_*/Imgs")):
+        defect_type = folder.parent.name.removeprefix("MT_").lower()
+        if defect_type != "free":
+            entries += _read_tiles(folder, defect_type)
+    return entries
+
+
+def _read_tiles(folder: Path, defect_type: str) -> list[Entry]:
+    """The pictures of a folder of Magnetic-Tile-Defect by name, with their masks: only the suffixes differ."""
+    files = _pictures(folder)
+    pictures = sorted((file for file in files if file.suffix.lower() == ".jpg"), key=lambda file: file.name)
+    if not pictures:
+        raise ValueError(f"{folder} has no pictures that end in .jpg: those that end in .png are taken for masks")
+    masks = {file.stem: file for file in files if file.suffix.lower() == ".png"}
+    return [Entry(picture, masks.get(picture.stem), defect_type, "test") for picture in pictures]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    try:
+        return find_images([folder])
+    except ImageFileError as error:
+        if error.__cause__ is not None:  # the folder may not be read
+            raise
+        return []
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*/") if not path.name.startswith("."))
+
+
+def _masks(folder: Path) -> dict[str, Path]:
+    return {mask.stem: mask for mask in sorted(folder.glob("*")) if is_picture(mask)}
+
+
+def _mask_of(picture: Path, masks: dict[str, Path]) -> Path | None:
+    return masks.get(f"{picture.stem}_mask", masks.get(picture.stem))
+
+
+# The first whose signature matches is the layout of a folder.
+LAYOUTS: dict[str, Layout] = {
+    "visa": Layout("Data/Images", "Data/*/*/*", _read_visa),
+    "mvtec_3d": Layout("train/good/rgb", "test/*/gt/*", _read_mvtec_3d),
+    "mvtec_ad_2": Layout(
+        "test_public",
+        "test_public/ground_truth/*/*",
+        partial(_read_mvtec, test="test_public", ground_truth="test_public/ground_truth"),
+    ),
+    "mvtec": Layout("train/good", "ground_truth/*/*", _read_mvtec),
+    "btad": Layout("train/ok", "ground_truth/*/*", partial(_read_mvtec, good="ok")),
+    "dagm": Layout("Train/Label", "*/Label/*", _read_dagm),
+    "kolektor_sdd2": Layout("train/*_GT.png", "*/*", _read_kolektor_sdd2),
+    "magnetic_tile": Layout("MT_Free/Imgs", "MT_*/Imgs/*", _read_magnetic_tile),
+    "folder": Layout("*", "**/*", _read_folder),
+}
