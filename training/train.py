@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
@@ -185,6 +185,11 @@ def main(config: TrainingConfig) -> int:
     if accelerator.device.type == "cpu":  # accelerate launch would leave us one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(config.cpu_threads or max(1, cores // accelerator.num_processes))
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} shards one network, and here are two that fit on any card: "
+            "launch with --multi_gpu, where each process has both"
+        )
     output_dir = Path(config.output_dir)
 
     # 1. Networks from the seed, and pictures

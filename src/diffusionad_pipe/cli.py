@@ -1,5 +1,5 @@
-"""The command line: `diffusionad predict` finds defects in pictures, `diffusionad preview-synthesis` shows what a
-model would be trained on, `diffusionad check-data` what is wrong with a dataset."""
+"""The command line: `predict` finds defects in pictures, `evaluate` measures a model on test pictures,
+`preview-synthesis` shows what a model would be trained on, `check-data` what is wrong with a dataset."""
 
 import csv
 import json
@@ -24,6 +24,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 COLUMNS = ("path", "score", "decision", "threshold", "seconds", "error")
 HIGHEST_SHOWN_ROWS = 60
 MANY_EMPTY_MASKS = 0.1  # share of draws from which on the preview warns
+# Training writes its settings with underscores: both spellings are taken, so that they can be copied.
+UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}
 
 
 class MapFormat(StrEnum):
@@ -31,6 +33,20 @@ class MapFormat(StrEnum):
 
     png16 = "png16"
     npy = "npy"
+
+
+class Protocol(StrEnum):
+    """How test pictures and masks are prepared, see `evaluation.evaluate`."""
+
+    exact = "exact"
+    reference = "reference"
+
+
+class Method(StrEnum):
+    """How metrics are computed, see `metrics.evaluate_maps`."""
+
+    exact = "exact"
+    streaming = "streaming"
 
 
 @app.callback()
@@ -91,8 +107,7 @@ def predict(
         raise typer.Exit(1)
 
 
-# Training writes its settings with underscores: both spellings are taken, so that they can be copied.
-@app.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
+@app.command(context_settings=UNDERSCORES)
 def preview_synthesis(
     pictures_folder: Annotated[Path, typer.Argument(help="Folder of good pictures, or of one category (train/good).")],
     output: Annotated[Path, typer.Option(help="The contact sheet, a PNG or JPEG file.")],
@@ -217,6 +232,90 @@ def check_data(
     errors, warnings = (sum(p.severity == severity for p in problems) for severity in ("error", "warning"))
     console.print(f"errors: {errors}, warnings: {warnings}")
     raise typer.Exit(2 if errors else 1 if warnings else 0)
+
+
+@app.command(context_settings=UNDERSCORES)
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Folder of a dataset, or of one category of it.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a saved pipeline, its id on the Hugging Face Hub, or a folder with one for each category. "
+            "Without it the metrics are computed anew from the predictions in --output."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for predictions, tables and the report.")] = Path("evaluation"),
+    category: Annotated[str | None, typer.Option(help='One category, or "all", where --data holds several.')] = None,
+    protocol: Annotated[
+        Protocol, typer.Option(help="exact, or reference: resizing, masks, scores and PRO as in the authors' code.")
+    ] = Protocol.exact,
+    method: Annotated[
+        Method, typer.Option(help="exact metrics, or streaming: with bounded errors, in little memory.")
+    ] = Method.exact,
+    at_model_size: Annotated[
+        bool, typer.Option("--at-model-size", help="Compare at the model's size, not at the pictures' own.")
+    ] = False,
+    num_noise_samples: Annotated[int, typer.Option(min=1, help="Noises that a prediction is the mean of.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one pass of the networks.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... Default: a GPU if there is one.")] = None,
+    report: Annotated[bool, typer.Option(help="Also write report.html, to look at.")] = True,
+    model_card: Annotated[
+        bool, typer.Option("--model-card", help="Put the results into the README.md of the model's folder.")
+    ] = False,
+) -> None:
+    """Measure a model on the test pictures of a dataset.
+
+    Prints a table with each category, and writes it with the score of every picture and a report. Predictions are
+    kept, so that an interrupted evaluation goes on. `accelerate launch training/evaluate.py` takes the same options
+    and shares the work among processes. Exit code: 0, 1 if a picture could not be read, 2 for wrong usage.
+    """
+    try:
+        from . import evaluation, results_table
+        from .evaluation_report import write_evaluation_report
+    except ModuleNotFoundError as error:
+        fail(f'{error.name} is not installed, which this command needs: pip install "diffusionad_pipe[train]"')
+    diffusers_logging.disable_progress_bar()
+    console = Console(highlight=False, soft_wrap=True)
+    settings = {
+        "model": model, "data": data.name, "protocol": protocol.value, "method": method.value,
+        "at_model_size": at_model_size, "num_noise_samples": num_noise_samples, "batch_size": batch_size,
+    }  # fmt: skip
+    try:
+        results = evaluation.evaluate(
+            model,
+            data,
+            output,
+            category=category,
+            protocol=protocol.value,
+            method=method.value,
+            at_model_size=at_model_size,
+            num_noise_samples=num_noise_samples,
+            batch_size=batch_size,
+            device=device,
+        )
+        if not results:  # another process computes the metrics
+            return
+        results_table.write_tables(results, output, settings)
+        console.print(results_table.markdown_table(results), markup=False)
+        if report:
+            write_evaluation_report(results, data, category, output, settings)
+        if model_card:
+            size = "the model's size" if at_model_size or protocol is Protocol.reference else "the pictures' own size"
+            results_table.write_into_cards(results, model, data.name, f"protocol {protocol.value}, at {size}")
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(error)
+    for result in results:
+        if result.unmasked:
+            console.print(
+                f"{result.category}: {result.unmasked} of {len(result.rows)} pictures are defective without a usable "
+                "mask: not in the pixel metrics"
+            )
+        console.print(f"{result.category}: {result.seconds:.3f} s a picture in the pipeline (median)")
+        for failure in result.failures:
+            console.print(f"not judged: {failure}", style="yellow", markup=False)
+    console.print(f"tables{' and report.html' if report else ''} are in {output}", markup=False)
+    if any(result.failures for result in results):
+        raise typer.Exit(1)
 
 
 def fail(error: object) -> NoReturn:

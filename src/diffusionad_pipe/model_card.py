@@ -1,7 +1,9 @@
 """Fills model_card.md, the template of every trained model's README."""
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +90,15 @@ def write_model_card(
     write_atomically(folder / "README.md", lambda path: path.write_text(str(card), encoding="utf-8"))
 
 
-def write_results(folder: str | os.PathLike[str], metrics: dict[str, float], dataset: str, source: str) -> None:
+def write_results(
+    folder: str | os.PathLike[str], metrics: Mapping[str, Mapping[str, float]], table: str, source: str
+) -> None:
     """Put measured results into a model card: its section "Results" and the Hub's model index.
 
     Args:
         folder: the pipeline's folder with a `README.md` of [`write_model_card`].
-        metrics: name → value, names of `METRIC_NAMES`.
-        dataset: name of the test pictures.
+        metrics: test set → name → value, names of `METRIC_NAMES`; NaN is left out.
+        table: the same for a person, Markdown.
         source: sentence that says what was measured and by which command.
 
     Raises:
@@ -106,10 +110,11 @@ def write_results(folder: str | os.PathLike[str], metrics: dict[str, float], dat
     _, next_heading, after = rest.partition("\n## ")
     if not heading or not next_heading:
         raise ValueError(f"{path} has no section 'Results' to fill: write the card again with the training script")
-    rows = "\n".join(f"| {METRIC_NAMES[name]} | {value:.4f} |" for name, value in metrics.items())
-    card.text = f"{before}{heading}\n{source}\n\n| metric | value |\n|---|---|\n{rows}\n{next_heading}{after}"
+    card.text = f"{before}{heading}\n{source}\n\n{table.strip()}\n{next_heading}{after}"
     card.data.eval_results = [
         EvalResult("image-segmentation", dataset, dataset, name, value, metric_name=METRIC_NAMES[name])
-        for name, value in metrics.items()
+        for dataset, values in metrics.items()
+        for name, value in values.items()
+        if not math.isnan(value)
     ]
     write_atomically(path, lambda temporary: temporary.write_text(str(card), encoding="utf-8"))

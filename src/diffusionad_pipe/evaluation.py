@@ -1,0 +1,386 @@
+"""Measure a pipeline on the test pictures of one or several categories.
+
+Predictions are stored picture by picture: an interrupted evaluation goes on where it was, several processes share the
+work, and metrics are computed again without the model. Nothing is chosen here: no threshold, no checkpoint.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from .data import load_anomaly_dataset, read_mask
+from .image_files import ImageFileError, open_image, write_atomically
+from .image_processor import DiffusionADImageProcessor
+from .metrics import evaluate_maps, pr_points, pro_points, roc_points
+from .pipeline_diffusionad import DiffusionADPipeline
+
+logger = logging.getLogger(__name__)
+
+PROTOCOLS = ("exact", "reference")
+Curve: TypeAlias = tuple[np.ndarray, np.ndarray]
+REFERENCE_TOP_K = 50  # pixels whose mean is the authors' image score
+
+
+class Prediction(NamedTuple):
+    """What a model said of one test picture.
+
+    Args:
+        score: image score.
+        anomaly_map: `[S, S]` float32 at the model's size.
+        reconstruction: `[S, S, 3]` uint8.
+        size: (height, width) of the picture in pixels.
+        seconds: its share of the time that its batch took in the pipeline.
+    """
+
+    score: float
+    anomaly_map: np.ndarray
+    reconstruction: np.ndarray
+    size: tuple[int, int]
+    seconds: float
+
+
+class CategoryResult(NamedTuple):
+    """Metrics of one category and what they were computed from.
+
+    Args:
+        category: its name.
+        metrics: names of `METRIC_NAMES`; NaN where one is not defined.
+        image_threshold: the model's, or None.
+        rows: one for each picture that was judged: path, defect_type, label (0 good, 1 defective), score, decision and
+            index, its row in the test split.
+        unmasked: defective pictures without a usable mask, which the pixel metrics leave out.
+        failures: sentences on pictures that could not be read.
+        seconds: median time of a picture in the pipeline.
+        roc: `"image"` and `"pixel"` → (false-positive rate, true-positive rate), thinned for drawing.
+        precision_recall: the same → (recall, precision).
+        pro: (false-positive rate, mean overlap of the regions).
+    """
+
+    category: str
+    metrics: dict[str, float]
+    image_threshold: float | None
+    rows: list[dict[str, Any]]
+    unmasked: int
+    failures: list[str]
+    seconds: float
+    roc: dict[str, Curve]
+    precision_recall: dict[str, Curve]
+    pro: Curve
+
+
+class TestPictures:
+    """The test pictures of one category, opened when they are asked for.
+
+    Args:
+        split: the split `test` of [`load_anomaly_dataset`].
+        category: whose pictures.
+    """
+
+    __test__ = False  # pytest takes it for a test
+
+    def __init__(self, split: datasets.Dataset, category: str) -> None:
+        self.category = category
+        self.indices = [index for index, name in enumerate(split["category"]) if name == category]
+        rows = split.select(self.indices)
+        self.paths, self.labels, self.defect_types = rows["path"], rows["label"], rows["defect_type"]
+        self.cells = rows.cast_column("image", datasets.Image(decode=False)).cast_column(
+            "mask", datasets.Image(decode=False)
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def picture(self, index: int) -> Image.Image:
+        """Decoded; raises ImageFileError."""
+        cell = self.cells[index]["image"]
+        return open_image(cell["path"]) if cell["bytes"] is None else Image.open(io.BytesIO(cell["bytes"]))
+
+    def mask(self, index: int, size: tuple[int, int]) -> np.ndarray | None:
+        """Booleans `[h, w]`: nothing for a good picture; None where nobody marked the defect of a defective one, so
+        that nothing is known of its pixels and calling them all good would be wrong."""
+        cell = self.cells[index]["mask"]
+        if cell is None:
+            return None if self.labels[index] else np.zeros(size, dtype=bool)
+        mask = read_mask(cell["path"] if cell["bytes"] is None else Image.open(io.BytesIO(cell["bytes"])))
+        return None if self.labels[index] and not mask.any() else mask
+
+
+def load_test_pictures(data: str | os.PathLike[str], category: str | None) -> list[TestPictures]:
+    """The test pictures of each category; arguments and errors as of [`evaluate`]."""
+    splits = load_anomaly_dataset(data, category=category)
+    if "test" not in splits:
+        raise ValueError(f"{data} has no test pictures, only good ones to train on: add test/good and test/<defect>")
+    return [TestPictures(splits["test"], name) for name in sorted(set(splits["test"]["category"]))]
+
+
+def evaluate(
+    model: str | os.PathLike[str] | None,
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    category: str | None = None,
+    protocol: str = "exact",
+    method: Literal["exact", "streaming"] = "exact",
+    at_model_size: bool = False,
+    num_noise_samples: int = 1,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> list[CategoryResult]:
+    """Predict every test picture and compute the metrics of each category.
+
+    Under `accelerate launch` the processes share the batches; the results are the same for any number of them, and
+    only the main process computes metrics.
+
+    Args:
+        model: a pipeline's folder or Hub id, or a folder with one pipeline a category, named like it. None computes
+            the metrics anew from the predictions in `output`.
+        data: any layout of [`load_anomaly_dataset`].
+        output: folder for the predictions, in `predictions/<category>`.
+        category: one category, `"all"`, or None where `data` holds only one.
+        protocol: `"exact"`, or `"reference"` for the authors' way: pictures resized without antialiasing, masks
+            resized bilinearly and only what is exactly 1 kept, the mean of 50 pixels as the score, and their PRO.
+        method: of the metrics, `"exact"` or `"streaming"`, see [`evaluate_maps`]; the reference protocol has its own.
+        at_model_size: compare maps and masks (nearest) at the model's size, not at the pictures' own.
+        num_noise_samples: noises that every prediction is the mean of.
+        batch_size: pictures in one pass.
+        device: None takes a GPU where there is one.
+
+    Returns:
+        One result a category; none in the processes that are not the main one.
+
+    Raises:
+        ValueError: names what is missing.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be {' or '.join(PROTOCOLS)}, not {protocol!r}")
+    categories = load_test_pictures(data, category)
+    state = PartialState()
+    if model is not None:
+        models = find_models(model, [pictures.category for pictures in categories])
+        pipe = None
+        for pictures, path in zip(categories, models):
+            if pipe is None or len(set(models)) > 1:
+                pipe = DiffusionADPipeline.from_pretrained(path).to(device or state.device)
+                pipe.set_progress_bar_config(disable=True)
+            folder = Path(output) / "predictions" / pictures.category
+            predict_category(pipe, pictures, folder, protocol, num_noise_samples, batch_size)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return []
+    results = []
+    for pictures in categories:
+        folder = Path(output) / "predictions" / pictures.category
+        results.append(measure_category(pictures, folder, protocol, method, at_model_size))
+    return results
+
+
+def find_models(model: str | os.PathLike[str], categories: Sequence[str]) -> list[str]:
+    """The pipeline of each category: one for all of them, or the sub-folder of the category's name.
+
+    Raises:
+        ValueError: names every category without a pipeline.
+    """
+    folder = Path(model)
+    if not folder.is_dir() or (folder / "model_index.json").is_file():
+        return [os.fspath(model)] * len(categories)
+    missing = [name for name in categories if not (folder / name / "model_index.json").is_file()]
+    if missing:
+        raise ValueError(f"{folder} is neither a pipeline nor has it one for {', '.join(missing)}: train them first")
+    return [os.fspath(folder / name) for name in categories]
+
+
+def fingerprint(pipe: DiffusionADPipeline) -> str:
+    """A hash of a pipeline's weights and noise: predictions of equal ones are equal."""
+    digest = hashlib.sha256()
+    for network in (pipe.unet, pipe.segmentation):
+        for name, tensor in network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    settings = {k: pipe.config[k] for k in ("image_size", "score_top_k", "noise_seed")}
+    digest.update(json.dumps([settings, dict(pipe.scheduler.config)], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def predict_category(
+    pipe: DiffusionADPipeline,
+    pictures: TestPictures,
+    folder: Path,
+    protocol: str,
+    num_noise_samples: int,
+    batch_size: int,
+) -> None:
+    """Store a [`Prediction`] of every picture. Those that another run left are kept if it would give the same.
+
+    Batches are the same whoever computes them, since in batches of other sizes the last bits differ.
+    """
+    state = PartialState()
+    settings = {
+        "model": fingerprint(pipe),
+        "protocol": protocol,
+        "num_noise_samples": num_noise_samples,
+        "batch_size": batch_size,
+        "pictures": hashlib.sha256("\n".join(pictures.paths).encode()).hexdigest(),
+    }
+    stored = folder / "settings.json"
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+        if {name: kept.get(name) for name in settings} != settings:
+            for old in folder.glob("[0-9]*.*"):
+                old.unlink()
+        text = json.dumps(
+            settings | {name: pipe.config[name] for name in ("image_threshold", "pixel_threshold")}, indent=1
+        )
+        write_atomically(stored, lambda path: path.write_text(text, encoding="utf-8"))
+    state.wait_for_everyone()
+
+    starts = range(0, len(pictures), batch_size)[state.process_index :: state.num_processes]
+    for start in tqdm(starts, desc=pictures.category, unit="batch", disable=not state.is_main_process):
+        batch = range(start, min(start + batch_size, len(pictures)))
+        if all(_stored(folder, index).is_file() for index in batch):
+            continue
+        readable: dict[int, tuple[int, int]] = {}
+        tensors = []
+        for index in batch:
+            failure = _stored(folder, index).with_suffix(".txt")
+            failure.unlink(missing_ok=True)
+            try:
+                tensor, readable[index] = _preprocess(pictures.picture(index), pipe.config.image_size, protocol)
+                tensors.append(tensor)
+            except (ImageFileError, ValueError) as error:
+                failure.write_text(f"{error}", encoding="utf-8")
+        if not readable:
+            continue
+        started = time.perf_counter()
+        output = pipe(
+            torch.cat(tensors), output_type="pt", num_noise_samples=num_noise_samples, batch_size=len(readable)
+        )
+        seconds = (time.perf_counter() - started) / len(readable)
+        scores = output.anomaly_scores
+        if protocol == "reference":
+            scores = output.anomaly_maps.flatten(1).topk(REFERENCE_TOP_K).values.mean(1)
+        for row, (index, size) in enumerate(readable.items()):
+            arrays = Prediction(
+                score=scores[row].item(),
+                anomaly_map=output.anomaly_maps[row, 0].numpy(),
+                reconstruction=(output.reconstructions[row].permute(1, 2, 0) * 255).round().byte().numpy(),
+                size=size,
+                seconds=seconds,
+            )._asdict()
+            write_atomically(_stored(folder, index), partial(np.savez, allow_pickle=False, **arrays))
+
+
+def read_prediction(folder: Path, index: int) -> Prediction:
+    """The stored [`Prediction`] of one picture of a category."""
+    with np.load(_stored(folder, index), allow_pickle=False) as arrays:
+        values = {name: arrays[name] for name in Prediction._fields}
+    return Prediction(
+        score=float(values["score"]),
+        anomaly_map=values["anomaly_map"],
+        reconstruction=values["reconstruction"],
+        size=(int(values["size"][0]), int(values["size"][1])),
+        seconds=float(values["seconds"]),
+    )
+
+
+def measure_category(
+    pictures: TestPictures, folder: Path, protocol: str, method: Literal["exact", "streaming"], at_model_size: bool
+) -> CategoryResult:
+    """Metrics of one category from its stored predictions; arguments as of [`evaluate`].
+
+    Raises:
+        ValueError: when predictions are missing.
+    """
+    settings_file = folder / "settings.json"
+    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+    if settings.get("protocol") != protocol:
+        raise ValueError(f"{folder} has no predictions under the protocol {protocol}: give the model")
+    threshold = settings["image_threshold"]
+    processor = DiffusionADImageProcessor()
+    rows: list[dict[str, Any]] = []
+    maps: list[np.ndarray] = []
+    masks: list[np.ndarray | None] = []
+    failures, seconds = [], []
+    for index, path in enumerate(pictures.paths):
+        failure = _stored(folder, index).with_suffix(".txt")
+        if failure.is_file():
+            failures.append(failure.read_text(encoding="utf-8"))
+            continue
+        if not _stored(folder, index).is_file():
+            raise ValueError(f"{folder} has no prediction for {path}: give the model to go on")
+        prediction = read_prediction(folder, index)
+        anomaly_map = torch.from_numpy(prediction.anomaly_map)[None, None]  # [1, 1, S, S]
+        mask = pictures.mask(index, prediction.size)
+        if protocol == "reference" or at_model_size:
+            size = prediction.anomaly_map.shape
+            if mask is not None:
+                mask = _resize_mask(mask, size, eroded=protocol == "reference")
+        else:
+            anomaly_map = processor.resize_to(anomaly_map, [prediction.size])[0][None]
+        maps.append(anomaly_map[0, 0].numpy())
+        masks.append(mask)
+        label, score = pictures.labels[index], prediction.score
+        decision = None if threshold is None else ("defective" if score > threshold else "good")
+        rows.append(
+            {"path": path, "defect_type": pictures.defect_types[index], "label": label, "score": score}
+            | {"decision": decision, "index": index}
+        )
+        seconds.append(prediction.seconds)
+    if not rows:
+        raise ValueError(f"none of the {len(failures)} test pictures of {pictures.category} could be read")
+    scores, labels = np.array([row["score"] for row in rows]), np.array([row["label"] for row in rows])
+    metrics = evaluate_maps(maps, masks, scores, labels, method="reference" if protocol == "reference" else method)
+    if threshold is not None:
+        metrics["right_decisions"] = float(((scores > threshold) == labels).mean())
+    marked = [index for index, mask in enumerate(masks) if mask is not None]
+    pixel_scores = np.concatenate([maps[index].ravel() for index in marked])
+    pixel_labels = np.concatenate([np.ravel(masks[index]) for index in marked])
+    return CategoryResult(
+        category=pictures.category,
+        metrics=metrics,
+        image_threshold=threshold,
+        rows=rows,
+        unmasked=len(masks) - len(marked),
+        failures=failures,
+        seconds=float(np.median(seconds)),
+        roc={"image": roc_points(labels, scores), "pixel": roc_points(pixel_labels, pixel_scores)},
+        precision_recall={"image": pr_points(labels, scores), "pixel": pr_points(pixel_labels, pixel_scores)},
+        pro=pro_points(maps, masks),
+    )
+
+
+def _stored(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.npz"
+
+
+def _preprocess(picture: Image.Image, side: int, protocol: str) -> tuple[torch.Tensor, tuple[int, int]]:
+    """`[1, 3, side, side]` and the picture's (height, width)."""
+    processor = DiffusionADImageProcessor()
+    if protocol == "exact":
+        tensor, sizes = processor.preprocess(picture, side, side)
+        return tensor, sizes[0]
+    picture = ImageOps.exif_transpose(picture)
+    tensor, sizes = processor.preprocess(picture, picture.height, picture.width)
+    return F.interpolate(tensor, (side, side), mode="bilinear", align_corners=False), sizes[0]
+
+
+def _resize_mask(mask: np.ndarray, size: tuple[int, ...], *, eroded: bool) -> np.ndarray:
+    tensor = torch.from_numpy(mask).float()[None, None]
+    if not eroded:
+        return F.interpolate(tensor, size, mode="nearest-exact")[0, 0].bool().numpy()
+    return (F.interpolate(tensor, size, mode="bilinear", align_corners=False)[0, 0] == 1).numpy()

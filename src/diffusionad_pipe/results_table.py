@@ -1,0 +1,151 @@
+"""Results of an evaluation as tables, beside the figures that were published."""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .evaluation import CategoryResult, find_models
+from .image_files import write_atomically
+from .metrics import mean_metrics
+from .model_card import METRIC_NAMES, write_results
+
+MEAN = "mean"
+
+# Categories by which a benchmark is known.
+BENCHMARKS = {
+    "MVTec AD": {
+        "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw", "tile",
+        "toothbrush", "transistor", "wood", "zipper",
+    },
+    "VisA": {
+        "candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb1", "pcb2", "pcb3", "pcb4",
+        "pipe_fryum",
+    },
+    "DAGM 2007": {f"Class{number}" for number in range(1, 11)},
+    "MPDD": {"bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"},
+}  # fmt: skip
+PAPER = "the paper"  # arXiv 2303.08730
+RERUN = "an independent rerun of the authors' code"
+PUBLISHED: dict[str, list[tuple[str, str, dict[str, float]]]] = {
+    "MVTec AD": [
+        (PAPER, MEAN, {"image_auroc": 0.997, "pixel_auroc": 0.987, "pixel_ap": 0.761, "au_pro_0.30": 0.957}),
+        (RERUN, MEAN, {"image_auroc": 0.989, "pixel_auroc": 0.981, "pixel_ap": 0.749}),
+        (RERUN, "screw", {"image_auroc": 0.980, "pixel_auroc": 0.987, "pixel_ap": 0.623}),
+        (RERUN, "hazelnut", {"image_auroc": 1.000, "pixel_auroc": 0.997, "pixel_ap": 0.913}),
+    ],
+    "VisA": [
+        (PAPER, MEAN, {"image_auroc": 0.988, "pixel_auroc": 0.989}),
+        (PAPER, "pcb1", {"au_pro_0.30": 0.969}),
+    ],
+    "DAGM 2007": [(PAPER, MEAN, {"image_auroc": 0.996})],
+    "MPDD": [(PAPER, MEAN, {"image_auroc": 0.962})],
+}
+
+
+def published_rows(categories: Sequence[str]) -> list[tuple[str, dict[str, float]]]:
+    """What was published on these categories: what and by whom, and metrics as fractions of 1.
+
+    A mean is given where all categories of the benchmark are there.
+    """
+    rows = []
+    for benchmark, names in BENCHMARKS.items():
+        if set(categories) <= names:
+            for source, category, metrics in PUBLISHED[benchmark]:
+                if category in categories or (category == MEAN and set(categories) == names):
+                    rows.append((f"{category}, {benchmark}: {source}", metrics))
+    return rows
+
+
+def result_rows(results: Sequence[CategoryResult]) -> list[dict[str, Any]]:
+    """One row a category, and the mean where there are several: category, good, defective, and the metrics."""
+    rows = []
+    for result in results:
+        defective = sum(row["label"] for row in result.rows)
+        counts = {"category": result.category, "good": len(result.rows) - defective, "defective": defective}
+        rows.append(counts | result.metrics)
+    if len(results) > 1:
+        counts = {"category": MEAN} | {name: sum(row[name] for row in rows) for name in ("good", "defective")}
+        rows.append(counts | mean_metrics([result.metrics for result in results]))
+    return rows
+
+
+def markdown_table(results: Sequence[CategoryResult]) -> str:
+    """The rows of [`result_rows`], then what was published; a metric that is not defined or not known is a dash."""
+    rows = result_rows(results)
+    names = [name for name in METRIC_NAMES if any(name in row for row in rows)]
+
+    def line(first: str, good: object, defective: object, metrics: dict[str, Any]) -> str:
+        values = [metrics.get(name, math.nan) for name in names]
+        cells = ["–" if math.isnan(value) else f"{value:.4f}" for value in values]
+        return " | ".join(["", first, str(good), str(defective), *cells, ""]).strip()
+
+    titles = ["category", "good", "defective"] + [METRIC_NAMES[name] for name in names]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines += [line(row["category"], row["good"], row["defective"], row) for row in rows]
+    published = published_rows([result.category for result in results])
+    lines += [line(f"*{title}*", "", "", metrics) for title, metrics in published]
+    text = "\n".join(lines) + "\n"
+    undefined = [
+        f"{METRIC_NAMES[name]} ({', '.join(r.category for r in results if math.isnan(r.metrics.get(name, 0)))})"
+        for name in names
+        if any(math.isnan(result.metrics.get(name, 0)) for result in results)
+    ]
+    if undefined:
+        text += f"\nNot defined, and left out of the mean: {'; '.join(undefined)}.\n"
+    if published:
+        text += "\nPublished figures are of the benchmark's full test set and of the paper's full-size networks.\n"
+    return text
+
+
+def write_tables(results: Sequence[CategoryResult], output: Path, settings: dict[str, Any]) -> None:
+    """Write `results.md`, `results.csv`, `results.json` and, a row a picture, `scores.csv`.
+
+    Args:
+        results: of [`evaluate`].
+        output: an existing folder.
+        settings: how it was measured, for the JSON file.
+    """
+    rows = result_rows(results)
+    columns = ["category", "good", "defective"] + [name for name in METRIC_NAMES if any(name in row for row in rows)]
+    scores = [{"category": result.category} | row for result in results for row in result.rows]
+    # JSON has no NaN.
+    plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
+    text = json.dumps({"settings": settings, "results": plain}, indent=1, ensure_ascii=False)
+    write_atomically(output / "results.md", lambda path: path.write_text(markdown_table(results), encoding="utf-8"))
+    write_atomically(output / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(output / "results.csv", lambda path: _write_csv(path, columns, rows))
+    score_columns = ["category", "path", "defect_type", "label", "score", "decision"]
+    write_atomically(output / "scores.csv", lambda path: _write_csv(path, score_columns, scores))
+
+
+def write_into_cards(results: Sequence[CategoryResult], model: str | None, data: str, how: str) -> None:
+    """Put results into the README.md of the model's folder, or of each category's model.
+
+    Args:
+        results: of [`evaluate`].
+        model: as [`evaluate`] had it.
+        data: name of the dataset.
+        how: completes "Measured with `diffusionad evaluate`, ...".
+
+    Raises:
+        ValueError: when there is no folder to write to.
+    """
+    if model is None or not Path(model).is_dir():
+        raise ValueError(f"--model-card writes into a model's folder, and {model} is none: give the folder")
+    by_folder: dict[str, list[CategoryResult]] = {}
+    for result, folder in zip(results, find_models(model, [result.category for result in results])):
+        by_folder.setdefault(folder, []).append(result)
+    for folder, measured in by_folder.items():
+        source = f"Measured on the test pictures of `{data}` with `diffusionad evaluate`, {how}."
+        metrics = {result.category: result.metrics for result in measured}
+        write_results(folder, metrics, markdown_table(measured), source)
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
