@@ -67,7 +67,7 @@ class CategoryReport:
 
     Args:
         name: of the category.
-        metrics: name of `METRIC_NAMES` → value; NaN where it is undefined.
+        metrics: name of `METRIC_NAMES` → value, NaN where it is undefined; has the AUROC or AP of each curve below.
         image_threshold: anomalous is `score > threshold`; None where the model has no threshold.
         scores: finite image score of each test picture.
         labels: of each, 1 where it is defective.
