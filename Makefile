@@ -34,7 +34,7 @@ train-hazelnut: $(VENV)/installed  ## train the shipped model again (on, after a
 		--output_dir runs/hazelnut $(if $(wildcard runs/hazelnut/checkpoint-*),--resume_from_checkpoint latest)
 
 evaluate: $(VENV)/installed  ## the figures of the README
-	$(BIN)/python training/evaluate.py --model $(MODEL) --data training/data/hazelnut_toy/hazelnut
+	$(BIN)/diffusionad evaluate --model $(MODEL) --data training/data/hazelnut_toy/hazelnut --output evaluation
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) demo_output evaluation

@@ -347,9 +347,9 @@ def measure_category(
     metrics = evaluate_maps(maps, masks, scores, labels, method="reference" if protocol == "reference" else method)
     if threshold is not None:
         metrics["right_decisions"] = float(((scores > threshold) == labels).mean())
-    marked = [index for index, mask in enumerate(masks) if mask is not None]
-    pixel_scores = np.concatenate([maps[index].ravel() for index in marked])
-    pixel_labels = np.concatenate([np.ravel(masks[index]) for index in marked])
+    marked = [(anomaly_map, mask) for anomaly_map, mask in zip(maps, masks) if mask is not None]
+    pixel_scores = np.concatenate([anomaly_map.ravel() for anomaly_map, _ in marked])
+    pixel_labels = np.concatenate([mask.ravel() for _, mask in marked])
     return CategoryResult(
         category=pictures.category,
         metrics=metrics,
