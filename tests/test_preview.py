@@ -97,7 +97,7 @@ def test_empty_masks_are_counted(folder: Path, tmp_path: Path, empty: int, share
     "arguments, cause",
     [
         (["{tmp}/nothing"], "nothing is not a folder"),
-        (["{tmp}"], "this folder has no pictures"),
+        (["{tmp}"], "has no pictures to train on"),
         (["{folder}", "--foreground", "salient"], "none, random, threshold, folder, transformers"),
         (["{folder}", "--foreground", "transformers"], "--foreground_model"),
         (["{folder}", "--foreground", "folder", "--foreground-dir", "{folder}/../mattes"], "7 of 8 pictures have no"),
