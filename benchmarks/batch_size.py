@@ -6,9 +6,9 @@ python benchmarks/batch_size.py --model pretrained/hazelnut --pictures training/
 import argparse
 
 import numpy as np
+from accelerate import PartialState
 
 from diffusionad_pipe import DiffusionADPipeline, find_images, open_image
-from diffusionad_pipe.cli import default_device
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 23], help="compared with a batch size of 1")
     arguments = parser.parse_args()
 
-    pipe = DiffusionADPipeline.from_pretrained(arguments.model).to(default_device())
+    pipe = DiffusionADPipeline.from_pretrained(arguments.model).to(PartialState().device)
     pictures = [open_image(file) for file in find_images(arguments.pictures)]
     alone = pipe(pictures, batch_size=1, output_type="np")
     print("| batch size | largest difference of a score | of a map |\n|---|---|---|")

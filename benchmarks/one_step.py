@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import DDIMScheduler, DDPMScheduler
 from tqdm.auto import tqdm
 
 from diffusionad_pipe import DiffusionADPipeline, find_images, open_image
-from diffusionad_pipe.cli import default_device
 from diffusionad_pipe.image_files import write_atomically
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
 
-    pipe = DiffusionADPipeline.from_pretrained(arguments.model).to(default_device())
+    pipe = DiffusionADPipeline.from_pretrained(arguments.model).to(PartialState().device)
     size = pipe.config.image_size
     files = find_images(arguments.pictures)[: arguments.count]
     pictures, _ = pipe.image_processor.preprocess([open_image(file) for file in files], size, size)

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,7 +40,6 @@ from diffusionad_pipe import (
     SegmentationUNet2DModel,
     paper_unet_config,
 )
-from diffusionad_pipe.cli import default_device
 from diffusionad_pipe.objective import sample_timesteps, training_losses
 
 Batch = dict[str, torch.Tensor]
@@ -128,7 +128,7 @@ def count_flops(batch_size: int, resolution: int) -> int:
 
 
 def print_times(arguments: argparse.Namespace) -> None:
-    device = torch.device(default_device())
+    device = PartialState().device
     on_gpu = device.type == "cuda"
     training = Training(arguments.gradient_checkpointing, device)
 

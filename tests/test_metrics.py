@@ -16,11 +16,11 @@ from diffusionad_pipe.metrics import (
     evaluate_maps,
     f1_max,
     mean_metrics,
-    pr_points,
-    pro_points,
+    rank_pixels,
     reference_au_pro,
-    roc_points,
 )
+from diffusionad_pipe.operating_points import OperatingPoints
+from diffusionad_pipe.scored_pictures import check_pictures
 
 EIGHT_CONNECTED = np.ones((3, 3))
 
@@ -283,13 +283,18 @@ def test_bad_input() -> None:
 def test_curves_have_the_areas_of_the_metrics(case: tuple[np.ndarray, np.ndarray]) -> None:
     maps, masks = case
     metrics = evaluate_maps(maps, masks, fpr_limits=[1.0])
-    fpr, tpr = roc_points(masks, maps)
+    points = rank_pixels(check_pictures(maps, masks))
+    fpr, tpr = points.roc_curve()
     assert np.trapezoid(tpr, fpr) == pytest.approx(metrics["pixel_auroc"], abs=1e-3)
-    fpr, pro = pro_points(maps, masks)
+    fpr, pro = points.pro_curve()
     assert np.trapezoid(pro, fpr) == pytest.approx(metrics["au_pro_1.00"], abs=1e-3)
-    recall, precision = pr_points(masks, maps)
+    recall, precision = points.precision_recall_curve()
     best = np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12))
     assert best == pytest.approx(metrics["pixel_f1_max"], abs=0.01)
+
+
+def curves(points: OperatingPoints) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [points.roc_curve(), points.precision_recall_curve(), points.pro_curve()]
 
 
 def test_long_curves_are_thinned() -> None:
@@ -298,10 +303,11 @@ def test_long_curves_are_thinned() -> None:
     masks[:2, 40:80, 40:90] = True
     maps = random.rand(4, 128, 128) + 0.3 * masks
     metrics = evaluate_maps(maps, masks, fpr_limits=[1.0])
-    for x, y in (roc_points(masks, maps), pr_points(masks, maps), pro_points(maps, masks)):
+    points = rank_pixels(check_pictures(maps, masks))
+    for x, y in curves(points):
         assert 250 < len(x) == len(y) <= 500
         assert x[0] == 0 and x[-1] == pytest.approx(1) and (np.diff(x) >= 0).all()
-    assert np.trapezoid(*roc_points(masks, maps)[::-1]) == pytest.approx(metrics["pixel_auroc"], abs=1e-3)
-    assert np.trapezoid(*pro_points(maps, masks)[::-1]) == pytest.approx(metrics["au_pro_1.00"], abs=1e-3)
-    for curve in (roc_points(masks[2:], maps[2:]), pr_points(masks[2:], maps[2:]), pro_points(maps[2:], masks[2:])):
+    assert np.trapezoid(*points.roc_curve()[::-1]) == pytest.approx(metrics["pixel_auroc"], abs=1e-3)
+    assert np.trapezoid(*points.pro_curve()[::-1]) == pytest.approx(metrics["au_pro_1.00"], abs=1e-3)
+    for curve in curves(rank_pixels(check_pictures(maps[2:], masks[2:]))):
         assert len(curve[0]) == len(curve[1]) == 0

@@ -1,12 +1,19 @@
-"""DiffusionAD: find defects in pictures with a one-step, norm-guided diffusion model (arXiv 2303.08730)."""
+"""DiffusionAD: find defects in pictures with a one-step, norm-guided diffusion model (arXiv 2303.08730).
 
-from .image_files import ImageFileError, find_images, open_image
-from .image_processor import DiffusionADImageProcessor
-from .pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput
-from .scheduling_norm_guided_one_step import NormGuidedOneStepScheduler, NormGuidedOneStepSchedulerOutput
-from .unet_2d_diffusionad import DiffusionADUNet2DModel, DiffusionADUNet2DOutput, paper_unet_config
-from .unet_2d_segmentation import SegmentationUNet2DModel, SegmentationUNet2DOutput
-from .weights_files import WeightsFileError
+Names are imported when they are first used, so that `diffusionad_pipe.exported` runs where torch is not installed.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .image_files import ImageFileError, find_images, open_image
+    from .image_processor import DiffusionADImageProcessor
+    from .pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput
+    from .scheduling_norm_guided_one_step import NormGuidedOneStepScheduler, NormGuidedOneStepSchedulerOutput
+    from .unet_2d_diffusionad import DiffusionADUNet2DModel, DiffusionADUNet2DOutput, paper_unet_config
+    from .unet_2d_segmentation import SegmentationUNet2DModel, SegmentationUNet2DOutput
+    from .weights_files import WeightsFileError
 
 __version__ = "0.1.0"
 
@@ -26,3 +33,21 @@ __all__ = [
     "open_image",
     "paper_unet_config",
 ]
+
+_MODULES = {
+    "image_files": ("ImageFileError", "find_images", "open_image"),
+    "image_processor": ("DiffusionADImageProcessor",),
+    "pipeline_diffusionad": ("DiffusionADPipeline", "DiffusionADPipelineOutput"),
+    "scheduling_norm_guided_one_step": ("NormGuidedOneStepScheduler", "NormGuidedOneStepSchedulerOutput"),
+    "unet_2d_diffusionad": ("DiffusionADUNet2DModel", "DiffusionADUNet2DOutput", "paper_unet_config"),
+    "unet_2d_segmentation": ("SegmentationUNet2DModel", "SegmentationUNet2DOutput"),
+    "weights_files": ("WeightsFileError",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(importlib.import_module(f".{module}", __name__), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

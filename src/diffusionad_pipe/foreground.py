@@ -60,13 +60,16 @@ def threshold_foreground(image: torch.Tensor) -> torch.Tensor:
 
 
 def random_foregrounds(height: int, width: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """A random rectangle of a quarter to the whole of each side for each generator, mattes `[B, 1, H, W]`."""
+    """A random rectangle for each generator, mattes `[B, 1, H, W]`: a quarter to the whole of each side, centred
+    anywhere and cut at the frame, so that the border is reached as well."""
     mattes = torch.zeros(len(generators), 1, height, width)
-    sizes = uniform(0.25, 1, generators, 2) * torch.tensor([height, width])
-    rooms = uniform(0, 1, generators, 2)
-    for matte, size, room in zip(mattes, sizes.round().long().clamp(min=1), rooms):
-        top, left = (room * (torch.tensor([height, width]) - size + 1)).long()
-        matte[:, top : top + size[0], left : left + size[1]] = 1
+    sides = torch.tensor([height, width])
+    sizes = uniform(0.25, 1, generators, 2) * sides
+    centres = uniform(0, 1, generators, 2) * sides
+    starts = (centres - sizes / 2).round().long().clamp(min=0)
+    stops = (centres + sizes / 2).round().long()
+    for matte, (top, left), (bottom, right) in zip(mattes, starts, stops):
+        matte[:, top:bottom, left:right] = 1
     return mattes
 
 

@@ -26,6 +26,7 @@ LOOKS_LIKE = (
     (b"%pdf", "a PDF"),
     (b"pk\x03\x04", "a zip archive"),
     (b"\x93numpy", "a NumPy array"),
+    (b"par1", "a Parquet file"),
 )
 
 
@@ -53,7 +54,7 @@ def open_image(path: PathLike, *, max_pixels: int = 100_000_000) -> Image.Image:
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
             raise ImageFileError(f"{path}: this is not a regular file; copy the picture into one")
         with open(path, "rb") as file:
-            return _decode(file, path, max_pixels)
+            return decode_image(file, path, max_pixels=max_pixels)
     except FileNotFoundError as error:
         raise ImageFileError(f"{path}: there is no such file; check the path") from error
     except PermissionError as error:
@@ -62,65 +63,17 @@ def open_image(path: PathLike, *, max_pixels: int = 100_000_000) -> Image.Image:
         raise ImageFileError(f"{path}: the file cannot be read ({error.strerror}); check the path") from error
 
 
-def find_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
-    """List the pictures that files and folders stand for.
+def decode_image(file: BinaryIO, path: PathLike, *, max_pixels: int = 100_000_000) -> Image.Image:
+    """[`open_image`] for a picture that is not in a file of its own.
 
     Args:
-        paths: files, taken as they are whatever their suffix, and folders, searched recursively for files
-            with one of `IMAGE_SUFFIXES`. Hidden files and folders are skipped, links are followed.
-
-    Returns:
-        The files in the order of `paths`, those of a folder sorted, each once.
+        file: its bytes, at their beginning.
+        path: what messages call it.
+        max_pixels: as in [`open_image`].
 
     Raises:
-        ImageFileError: if a path does not exist, or a folder cannot be read or has no pictures.
+        ImageFileError: if it is not a picture, damaged, animated or too large.
     """
-    found: dict[str, Path] = {}
-    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
-        path = Path(path)
-        if not os.path.exists(path):
-            raise ImageFileError(f"{path}: there is no such file or folder; check the path")
-        files = _search(path) if path.is_dir() else [path]
-        if not files:
-            suffixes = " ".join(IMAGE_SUFFIXES)
-            raise ImageFileError(f"{path}: this folder has no pictures; their names must end in one of {suffixes}")
-        for file in files:
-            found.setdefault(os.path.abspath(file), file)
-    return list(found.values())
-
-
-def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
-    """Write a file so that nobody ever sees half of it, and an older one survives a failure.
-
-    Args:
-        path: the file to write; its folder must exist.
-        write: writes a temporary file at the path it is called with, in the same folder with the same suffix.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # gone already after a success
-
-
-def _search(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise ImageFileError(f"{error.filename}: the folder may not be read; change its permissions") from error
-
-    files: list[Path] = []
-    seen: set[str] = set()  # links may lead in circles
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
-        if real not in seen:
-            files += [Path(parent, name) for name in names if not name.startswith(".")]
-        seen.add(real)
-    return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _decode(file: BinaryIO, path: PathLike, max_pixels: int) -> Image.Image:
     head = file.read(512)
     if not head:
         raise ImageFileError(f"{path}: the file is empty, 0 bytes; copy or download it again")
@@ -147,6 +100,70 @@ def _decode(file: BinaryIO, path: PathLike, max_pixels: int) -> Image.Image:
             f"{path}: the picture is truncated or damaged ({error}); copy or download it again"
         ) from error
     return image
+
+
+def find_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
+    """List the pictures that files and folders stand for.
+
+    Args:
+        paths: files, taken as they are whatever their suffix, and folders, searched recursively for files
+            with one of `IMAGE_SUFFIXES`. Hidden files and folders are skipped, links are followed.
+
+    Returns:
+        The files in the order of `paths`, those of a folder sorted, each once.
+
+    Raises:
+        ImageFileError: if a path does not exist, or a folder cannot be read or has no pictures.
+    """
+    found: dict[str, Path] = {}
+    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
+        path = Path(path)
+        if not os.path.exists(path):
+            raise ImageFileError(f"{path}: there is no such file or folder; check the path")
+        files = search_folder(path) if path.is_dir() else [path]
+        if not files:
+            suffixes = " ".join(IMAGE_SUFFIXES)
+            raise ImageFileError(f"{path}: this folder has no pictures; their names must end in one of {suffixes}")
+        for file in files:
+            found.setdefault(os.path.abspath(file), file)
+    return list(found.values())
+
+
+def search_folder(folder: PathLike) -> list[Path]:
+    """The pictures in a folder as [`find_images`] finds them, sorted; there may be none.
+
+    Raises:
+        ImageFileError: if it, or a folder in it, may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ImageFileError(f"{error.filename}: the folder may not be read; change its permissions") from error
+
+    files: list[Path] = []
+    seen: set[str] = set()  # links may lead in circles
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real not in seen:
+            files += [Path(parent, name) for name in names if not name.startswith(".")]
+        seen.add(real)
+    return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
+    """Write a file so that nobody ever sees half of it, and an older one survives a failure.
+
+    Args:
+        path: the file to write; its folder must exist.
+        write: writes a temporary file at the path it is called with, in the same folder with the same suffix.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # gone already after a success
 
 
 def _identify(file: BinaryIO, head: bytes, path: PathLike) -> ImageFile.ImageFile | None:

@@ -4,8 +4,8 @@ Nothing here knows of files; `image_files.open_image` turns a path into a pictur
 """
 
 from bisect import bisect
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any, TypeAlias
 
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
+
+from .pil_modes import read_pil
 
 Picture: TypeAlias = Image.Image | NDArray[Any] | torch.Tensor
 Pictures: TypeAlias = Picture | Sequence[Picture]
@@ -250,7 +252,12 @@ class DiffusionADImageProcessor:
             draw.text((right + text_size + gap, y), end, PANEL_INK, font, anchor=anchor)
         return canvas
 
-    def _to_tensors(self, images: Pictures) -> list[torch.Tensor]:
+    def split(self, images: Pictures) -> list[Picture]:
+        """The single pictures of what [`preprocess`] takes.
+
+        Raises:
+            ValueError: if there are none.
+        """
         items: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         pictures: list[Picture] = []
         for item in items:
@@ -258,36 +265,77 @@ class DiffusionADImageProcessor:
             pictures.extend(item if batched else [item])
         if not pictures:
             raise ValueError("there are no pictures; give at least one")
-        if len(pictures) == 1:
-            return [self._to_tensor(pictures[0])]
-        tensors = []
-        for index, picture in enumerate(pictures):
-            try:
-                tensors.append(self._to_tensor(picture))
-            except (TypeError, ValueError) as error:
-                kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"picture {index}: {error}") from error
-        return tensors
+        return pictures
 
-    def _to_tensor(self, picture: Picture) -> torch.Tensor:
-        """Turn one picture into float32 RGB `[3, h, w]` in [0, 1] on the CPU."""
-        array = _check_type(_read_pil(picture) if isinstance(picture, Image.Image) else picture)
-        channels_last = isinstance(array, np.ndarray)
+    def decode(self, picture: Picture) -> NDArray[Any] | torch.Tensor:
+        """Decode, orient and check one picture.
+
+        Returns:
+            An array `[h, w, 1|3|4]` or a tensor `[1|3|4, h, w]` with the values that it has.
+
+        Raises:
+            TypeError: for something that is not a picture.
+            ValueError: for a picture whose shape or size cannot be used.
+        """
+        array = _check_type(read_pil(picture) if isinstance(picture, Image.Image) else picture)
         if array.ndim == 2:
-            array = array[..., None] if channels_last else array[None]
+            array = array[..., None] if isinstance(array, np.ndarray) else array[None]
         _check_layout(array)
-        height, width = array.shape[:2] if channels_last else array.shape[1:]
+        height, width = self.size(array)
         if min(height, width) < self.min_side:
             raise ValueError(f"{height} x {width} pixels; crop it with sides of at least {self.min_side}")
         if max(height, width) > self.max_aspect_ratio * min(height, width):
             ratio = f"{self.max_aspect_ratio:g}"
             raise ValueError(f"{height} x {width} pixels; crop it to an aspect ratio of at most {ratio}")
+        return array
+
+    def size(self, array: NDArray[Any] | torch.Tensor) -> tuple[int, int]:
+        """Height and width of what [`decode`] returned."""
+        height, width = array.shape[:2] if isinstance(array, np.ndarray) else array.shape[1:]
+        return height, width
+
+    def to_rgb(
+        self, array: NDArray[Any] | torch.Tensor, window: tuple[int, int, int, int] | None = None
+    ) -> torch.Tensor:
+        """Turn what [`decode`] returned, or a window (top, left, height, width) of it, into float32 RGB `[3, h, w]` in
+        [0, 1] on the CPU.
+
+        Raises:
+            ValueError: for values that cannot be used.
+        """
+        channels_last = isinstance(array, np.ndarray)
+        if window is not None:
+            top, left, height, width = window
+            rows, columns = slice(top, top + height), slice(left, left + width)
+            array = array[rows, columns] if channels_last else array[:, rows, columns]
         values = _to_unit_range(array)
         values = values.permute(2, 0, 1) if channels_last else values  # [1|3|4, h, w]
         if len(values) == 4:
             background = torch.tensor(self.background).div(255)[:, None, None]
             values = values[:3] * values[3:] + background * (1 - values[3:])
         return values.expand(3, -1, -1).contiguous()
+
+    @contextmanager
+    def named(self, index: int, count: int) -> Iterator[None]:
+        """Let errors say which of several pictures they are about."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            if count == 1:
+                raise
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"picture {index}: {error}") from error
+
+    def _to_tensors(self, images: Pictures) -> list[torch.Tensor]:
+        pictures, tensors = self.split(images), []
+        for index, picture in enumerate(pictures):
+            with self.named(index, len(pictures)):
+                tensors.append(self._to_tensor(picture))
+        return tensors
+
+    def _to_tensor(self, picture: Picture) -> torch.Tensor:
+        """Turn one picture into float32 RGB `[3, h, w]` in [0, 1] on the CPU."""
+        return self.to_rgb(self.decode(picture))
 
 
 def _check_type(picture: Any) -> NDArray[Any] | torch.Tensor:
@@ -297,35 +345,6 @@ def _check_type(picture: Any) -> NDArray[Any] | torch.Tensor:
         raise TypeError(f"{str(picture)!r} is a path; open it with diffusionad_pipe.open_image(path) first")
     kind = type(picture).__name__
     raise TypeError(f"a picture must be a PIL image, a NumPy array or a torch tensor, not {kind}")
-
-
-def _read_pil(image: Image.Image) -> NDArray[Any]:
-    """Decode and orient a PIL image: `[h, w]` or `[h, w, 3|4]`, uint8, uint16 or float."""
-    try:
-        # The further images of an MPO, the JPEG of many phones, are previews and depths of the first one.
-        frames = getattr(image, "is_animated", False) and image.format != "MPO"
-        image.load()
-    except Exception as error:  # damaged files fail in many ways in the depths of the decoders
-        raise ValueError(f"the picture cannot be decoded ({error}); copy or save it again") from error
-    if frames:
-        raise ValueError("the image has several frames; choose one by image.seek(0) and image.copy()")
-    with suppress(Exception):  # a malformed EXIF block, which fails in many ways, holds no orientation
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I;16"):
-        return np.asarray(image)
-    if image.mode == "I":
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("values of PIL mode I must be 16-bit, 0 to 65535; scale them to that range")
-        return values.astype(np.uint16)
-    if image.mode in ("La", "LA", "PA", "RGBA", "RGBa"):
-        image = image.convert("LA") if image.mode == "La" else image  # La converts to nothing else
-        return np.asarray(image.convert("RGBA"))
-    if image.mode in ("1", "L", "P", "RGB"):
-        return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
-    if image.mode in ("CMYK", "HSV", "LAB", "RGBX", "YCbCr"):
-        return np.asarray(image.convert("RGB"))
-    raise ValueError(f"PIL mode {image.mode} is not supported; convert it to RGB")
 
 
 def _check_layout(array: NDArray[Any] | torch.Tensor) -> None:

@@ -17,7 +17,6 @@ from .metrics_streaming import StreamingAnomalyMetrics
 from .operating_points import OperatingPoints, image_metrics, pixel_metrics, rank, warn_if_undefined
 from .scored_pictures import EIGHT_CONNECTED, Array, ScoredPictures, check_pictures, label_regions
 
-CURVE_POINTS = 500
 REFERENCE_THRESHOLDS = 1000
 
 
@@ -167,58 +166,6 @@ def reference_au_pro(
     return float(np.trapezoid(pro, fpr / fpr[-1]))
 
 
-def roc_points(labels: Array, scores: Array) -> tuple[np.ndarray, np.ndarray]:
-    """The ROC curve, thinned for drawing.
-
-    Args:
-        labels: any shape, true where anomalous.
-        scores: of the same shape, larger is more anomalous.
-
-    Returns:
-        False-positive rate and true-positive rate, at most 500 points each, both rising from 0 to 1; none without
-        positives or without negatives.
-    """
-    points = _rank_labelled(labels, scores)
-    false_positives, true_positives, _ = points.corners()
-    return _thin(points, false_positives / max(points.negatives, 1), true_positives / max(points.positives, 1))
-
-
-def pr_points(labels: Array, scores: Array) -> tuple[np.ndarray, np.ndarray]:
-    """The precision-recall curve, thinned for drawing.
-
-    Args:
-        labels: any shape, true where anomalous.
-        scores: of the same shape, larger is more anomalous.
-
-    Returns:
-        Recall, rising from 0 to 1, and precision, from 1 where nothing is called anomalous; at most 500 points each;
-        none without positives or without negatives.
-    """
-    points = _rank_labelled(labels, scores)
-    false_positives, true_positives, _ = points.corners()
-    called = false_positives + true_positives
-    precision = np.where(called > 0, true_positives / np.maximum(called, 1), 1.0)
-    return _thin(points, true_positives / max(points.positives, 1), precision)
-
-
-def pro_points(
-    anomaly_maps: Sequence[Array] | Array, masks: Sequence[Array | None] | Array
-) -> tuple[np.ndarray, np.ndarray]:
-    """The curve under which [`au_pro`] takes the area, thinned for drawing.
-
-    Args:
-        anomaly_maps: `[H, W]` each.
-        masks: `[H, W]` each, not zero where defective.
-
-    Returns:
-        False-positive rate and mean overlap of the regions, at most 500 points each, both rising from 0 to 1; none
-        without regions or without background.
-    """
-    points = rank_pixels(check_pictures(anomaly_maps, masks))
-    false_positives, _, overlap = points.corners()
-    return _thin(points, false_positives / max(points.negatives, 1), overlap)
-
-
 def rank_pixels(pictures: ScoredPictures) -> OperatingPoints:
     """Operating points of all pixels of the pictures with masks."""
     defective, gain, good = ([np.empty(0, dtype=np.float32)] for _ in range(3))
@@ -234,19 +181,3 @@ def rank_pixels(pictures: ScoredPictures) -> OperatingPoints:
             gain.append(1 / sizes[region])
             regions += len(sizes)
     return rank(np.concatenate(defective), np.concatenate(good), np.concatenate(gain) / max(regions, 1))
-
-
-def _rank_labelled(labels: Array, scores: Array) -> OperatingPoints:
-    flat_labels, flat_scores = np.asarray(labels, dtype=bool).ravel(), np.asarray(scores).ravel()
-    return rank(flat_scores[flat_labels], flat_scores[~flat_labels])
-
-
-def _thin(points: OperatingPoints, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most 500 points of a curve, evenly spaced along it, the first and the last among them."""
-    if not points.defined:
-        return np.empty(0), np.empty(0)
-    if len(x) <= CURVE_POINTS:
-        return x, y
-    length = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
-    kept = np.unique(np.searchsorted(length, np.linspace(0, length[-1], CURVE_POINTS)))
-    return x[kept], y[kept]

@@ -101,11 +101,12 @@ class StreamingAnomalyMetrics:
             <metric>_error for every pixel metric: the exact value is no further away, rounding (1e-9) aside. What is
             undefined is NaN, with a warning.
         """
-        points = self._operating_points()
+        points = self.operating_points()
         metrics = image_metrics(np.array(self.scores), np.array(self.labels)) if self.scores else {}
         return metrics | pixel_metrics(points, self.fpr_limits) | error_bounds(points, self.fpr_limits)
 
-    def _operating_points(self) -> OperatingPoints:
+    def operating_points(self) -> OperatingPoints:
+        """Operating points of the pixels so far, one for each bin with positives."""
         occupied = self.defective[::-1] > 0
         defective, good, overlap = (np.cumsum(a[::-1]) for a in (self.defective, self.good, self.overlap))
         return OperatingPoints(

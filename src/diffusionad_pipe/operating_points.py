@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.exceptions import UndefinedMetricWarning
 
+CURVE_POINTS = 500
+
 
 class OperatingPoints(NamedTuple):
     """What is called anomalous, `score >= threshold`, at each distinct score of a positive, from the highest down.
@@ -80,6 +82,48 @@ class OperatingPoints(NamedTuple):
         false_positives = np.concatenate([[0], tied, [self.negatives]])
         true_positives, overlap = (np.repeat(np.insert(a, 0, 0), 2) for a in (self.true_positives, self.overlap))
         return false_positives, true_positives, overlap
+
+    def roc_curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """The ROC curve, thinned for drawing.
+
+        Returns:
+            False-positive rate and true-positive rate, at most 500 points each, both rising from 0 to 1; none without
+            positives or without negatives.
+        """
+        false_positives, true_positives, _ = self.corners()
+        return self._thin(false_positives / max(self.negatives, 1), true_positives / max(self.positives, 1))
+
+    def precision_recall_curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """The precision-recall curve, thinned for drawing.
+
+        Returns:
+            Recall, rising from 0 to 1, and precision, from 1 where nothing is called anomalous; at most 500 points
+            each; none without positives or without negatives.
+        """
+        false_positives, true_positives, _ = self.corners()
+        called = false_positives + true_positives
+        precision = np.where(called > 0, true_positives / np.maximum(called, 1), 1.0)
+        return self._thin(true_positives / max(self.positives, 1), precision)
+
+    def pro_curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """The curve under which [`au_pro`] takes the area, thinned for drawing.
+
+        Returns:
+            False-positive rate and mean overlap of the regions, at most 500 points each, both rising from 0 to 1; none
+            without regions or without background.
+        """
+        false_positives, _, overlap = self.corners()
+        return self._thin(false_positives / max(self.negatives, 1), overlap)
+
+    def _thin(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """At most 500 points of a curve, evenly spaced along it, the first and the last among them."""
+        if not self.defined:
+            return np.empty(0), np.empty(0)
+        if len(x) <= CURVE_POINTS:
+            return x, y
+        length = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
+        kept = np.unique(np.searchsorted(length, np.linspace(0, length[-1], CURVE_POINTS)))
+        return x[kept], y[kept]
 
 
 def rank(positive: np.ndarray, negative: np.ndarray, gain: np.ndarray | None = None) -> OperatingPoints:

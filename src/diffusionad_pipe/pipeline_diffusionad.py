@@ -1,7 +1,9 @@
 """DiffusionAD as a diffusers pipeline: a picture in, an anomaly map and a score out, one denoising step between."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from itertools import islice
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,21 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from .acceleration import compile_networks, explained_out_of_memory, fastest_dtype
 from .image_processor import DiffusionADImageProcessor
+from .prefetch import prefetched
 from .reference_checkpoint import build_networks, build_scheduler, read_checkpoint, write_checkpoint
 from .scheduling_norm_guided_one_step import NormGuidedOneStepScheduler
+from .tiling import Tiling, call_in_tiles
 from .unet_2d_diffusionad import DiffusionADUNet2DModel
+from .unet_2d_segmentation import SegmentationUNet2DModel
 from .weights_files import COMPONENTS, WeightsFileError, check_pipeline_folder
 
 logger = logging.get_logger(__name__)
 
 Image = PIL.Image.Image | np.ndarray | torch.Tensor
+# (pipeline, number of the noise, timesteps [2B], tensors of the step)
+StepCallback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], object]
 
 # No picture side above this: a damaged model_index.json must not ask for terabytes.
 MAX_SIDE = 8192
@@ -99,6 +107,8 @@ class DiffusionADPipeline(DiffusionPipeline):
             pixel_threshold=pixel_threshold,
         )
         self.image_processor = DiffusionADImageProcessor()
+        self.tiling: Tiling | None = None
+        self._fixed_noise: tuple[Any, torch.Tensor] | None = None  # the last one drawn, and what it was drawn for
 
     @torch.no_grad()
     def __call__(
@@ -116,13 +126,15 @@ class DiffusionADPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
     ) -> Any:
         """Detect anomalies.
 
         Args:
             image: a picture, or a list of pictures of any sizes: PIL, arrays `[H, W, C]` or tensors `[C, H, W]`
                 (uint8, uint16, or floats in [0, 1]), or a batched array `[B, H, W, C]` or tensor `[B, C, H, W]`.
-            height: height in pixels at which the networks work; None is the pipeline's `image_size`.
+            height: height in pixels at which the networks work; None is the pipeline's `image_size`. With tiling: to
+                which pictures are resized before they are cut; None is their own.
             width: likewise. Both are rounded to what the networks can take, with a warning.
             small_timestep: t_s, the small noise scale; None takes the scheduler's.
             large_timestep: t_b, the large noise scale; None takes the scheduler's.
@@ -132,23 +144,45 @@ class DiffusionADPipeline(DiffusionPipeline):
             generator: draws the noise, or a list with one for each picture. None: the noise is a fixed function of
                 the size and the pipeline's `noise_seed`, the same for every picture, so that a picture's score does
                 not depend on its batch, its order or the run.
-            batch_size: pictures in one pass of the networks; None is 8.
+            batch_size: pictures, or tiles, in one pass of the networks; None is 8.
             output_type: `"pil"`, `"np"` or `"pt"`.
             return_dict: False returns a tuple in the order of the output's fields.
+            callback_on_step_end: called as `callback(pipe, index, timesteps, tensors)` after the denoising step of
+                each noise of each batch. The tensors are the fields of [`NormGuidedOneStepSchedulerOutput`]. What it
+                raises ends the call.
 
         Returns:
             [`DiffusionADPipelineOutput`].
 
         Raises:
             ValueError: for pictures or arguments that cannot be used; the message says which and what to do.
+            MemoryError: names the settings that asked for too much.
         """
         # 0. Arguments that are None come from the pipeline's or the scheduler's config.
         config = self.scheduler.config
-        height = self._round_size(height or self.config.image_size, "height")
-        width = self._round_size(width or self.config.image_size, "width")
         small_timestep = config.small_timestep if small_timestep is None else small_timestep
         large_timestep = config.large_timestep if large_timestep is None else large_timestep
         batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+        if self.tiling is not None:  # pictures one by one, each tile by tile if it is larger than one
+            tiled = call_in_tiles(
+                self,
+                image,
+                self.tiling,
+                height=height,
+                width=width,
+                small_timestep=small_timestep,
+                large_timestep=large_timestep,
+                guidance_scale=guidance_scale,
+                num_noise_samples=num_noise_samples,
+                noise=noise,
+                generator=generator,
+                batch_size=batch_size,
+                output_type=output_type,
+                callback_on_step_end=callback_on_step_end,
+            )
+            return tiled if return_dict else _as_tuple(tiled)
+        height = self.round_size(height or self.config.image_size, "height")
+        width = self.round_size(width or self.config.image_size, "width")
 
         # 1. Pictures of any kind and size become one tensor.
         pictures, sizes = self.image_processor.preprocess(image, height, width)  # [N, 3, H, W] in [0, 1]
@@ -156,56 +190,121 @@ class DiffusionADPipeline(DiffusionPipeline):
             pictures, small_timestep, large_timestep, num_noise_samples, noise, generator, batch_size, output_type
         )
 
-        # 2. Noise [K, 2, N, 3, H, W]. The fixed noise is drawn once on the CPU, whatever the device, and shared by
-        #    all pictures. A generator draws picture by picture, so that the batch size plays no part.
+        # 2. Noise [K, 2, N, 3, H, W]. The fixed noise is shared by all pictures. A generator draws picture by picture,
+        #    so that the batch size plays no part.
         device = self._execution_device
-        noise_shape = (num_noise_samples, 2, 3, height, width)
         if noise is not None:
             noises = noise[None]
         elif generator is None:
-            fixed = torch.Generator().manual_seed(self.config.noise_seed)
-            noises = torch.randn(noise_shape, generator=fixed)[:, :, None].expand(-1, -1, len(pictures), -1, -1, -1)
+            fixed = self.fixed_noise(num_noise_samples, height, width)  # [K, 2, 1, 3, H, W]
+            noises = fixed.expand(-1, -1, len(pictures), -1, -1, -1)
         else:
             generators = generator if isinstance(generator, list) else [generator] * len(pictures)
+            noise_shape = (num_noise_samples, 2, 3, height, width)
             noises = torch.stack([randn_tensor(noise_shape, generator=g, device=device) for g in generators], dim=2)
 
+        # 3. Reconstruct the pictures and compare, batch by batch.
         timesteps = torch.tensor([small_timestep, large_timestep], device=device)
+        maps, reconstructions = torch.empty_like(pictures[:, :1]), torch.empty_like(pictures)
         starts = range(0, len(pictures), batch_size)
-        maps, reconstructions = [], []
         for start in starts if len(starts) == 1 else self.progress_bar(starts):
-            batch = pictures[start : start + batch_size].to(device)  # [B, 3, H, W]
-            batch_maps, batch_reconstructions = torch.zeros_like(batch[:, :1]), torch.zeros_like(batch)
-            for sample_noise in noises[:, :, start : start + batch_size]:
-                # 3. Noise the pictures at both scales: [2B, 3, H, W], small scale first.
-                both_timesteps = timesteps.repeat_interleave(len(batch))  # [2B]
-                both_noises = sample_noise.to(device, batch.dtype).flatten(0, 1)
-                noised = self.scheduler.add_noise(torch.cat([batch, batch]), both_noises, both_timesteps)
+            items = slice(start, start + batch_size)
+            with torch.inference_mode(), explained_out_of_memory(f"batch_size={batch_size}", "a smaller batch_size"):
+                batch = pictures[items].to(device)
+                detected = self.detect(batch, noises[:, :, items], timesteps, guidance_scale, callback_on_step_end)
+                maps[items], reconstructions[items] = detected
+        self.maybe_free_model_hooks()
 
-                # 4. One call of the UNet for both, and norm guidance. Only the networks run in their own dtype.
-                model_output = self.unet(noised.to(self.unet.dtype), both_timesteps).sample.to(batch.dtype)
-                guided = self.scheduler.step(model_output, both_timesteps, noised, guidance_scale).prev_sample
+        output = self.to_output(maps, reconstructions, sizes, output_type)
+        return output if return_dict else _as_tuple(output)
 
-                # 5. Compare the pictures with their reconstructions.
-                pairs = torch.cat([batch, guided], dim=1)  # [B, 6, H, W]
-                logits = self.segmentation(pairs.to(self.segmentation.dtype)).logits.to(batch.dtype)
-                if logits.shape[-2:] != batch.shape[-2:]:  # a SegFormer answers at a quarter of the size
-                    logits = F.interpolate(logits, size=batch.shape[-2:], mode="bilinear", align_corners=False)
-                batch_maps += logits.sigmoid() / num_noise_samples
-                batch_reconstructions += guided / num_noise_samples
-            maps.append(batch_maps.cpu())
-            reconstructions.append(batch_reconstructions.cpu())
-        all_maps, all_reconstructions = torch.cat(maps), torch.cat(reconstructions)
+    def detect(
+        self,
+        pictures: torch.Tensor,
+        noises: torch.Tensor,
+        timesteps: torch.Tensor,
+        guidance_scale: float | None = None,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The method itself, on tensors of the networks' size: what `__call__`, tiles and an exported graph share.
 
-        # 6. Score at the model's size (paper, section IV-A): the mean of the largest pixels.
+        Args:
+            pictures: `[B, 3, H, W]` in [0, 1].
+            noises: `[K, 2, B, 3, H, W]`, small scale first; map and reconstruction are the mean over the K.
+            timesteps: `[2]`, (t_s, t_b).
+            guidance_scale: w; None takes the scheduler's.
+            callback_on_step_end: as `__call__` takes it.
+
+        Returns:
+            The anomaly maps `[B, 1, H, W]` and the reconstructions `[B, 3, H, W]`, both in [0, 1].
+        """
+        # [2B], so written that B stays free in an exported graph: len() or repeat_interleave would fix it there.
+        both_timesteps = timesteps[:, None].expand(-1, pictures.shape[0]).flatten()
+        maps, reconstructions = torch.zeros_like(pictures[:, :1]), torch.zeros_like(pictures)
+        for index, noise in enumerate(noises):
+            # 1. Noise the pictures at both scales: [2B, 3, H, W], small scale first.
+            both_noises = noise.to(pictures.device, pictures.dtype).flatten(0, 1)
+            noised = self.scheduler.add_noise(torch.cat([pictures, pictures]), both_noises, both_timesteps)
+
+            # 2. One call of the UNet for both, and norm guidance. Only the networks run in their own dtype.
+            model_output = self.unet(noised.to(self.unet.dtype), both_timesteps).sample.to(pictures.dtype)
+            step = self.scheduler.step(model_output, both_timesteps, noised, guidance_scale)
+            guided = step.prev_sample
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, index, both_timesteps, dict(step))
+
+            # 3. Compare the pictures with their reconstructions.
+            pairs = torch.cat([pictures, guided], dim=1)  # [B, 6, H, W]
+            logits = self.segmentation(pairs.to(self.segmentation.dtype)).logits.to(pictures.dtype)
+            if logits.shape[-2:] != pictures.shape[-2:]:  # a SegFormer answers at a quarter of the size
+                logits = F.interpolate(logits, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
+            maps = maps + logits.sigmoid() / len(noises)
+            reconstructions = reconstructions + guided / len(noises)
+        return maps, reconstructions.clamp(0, 1)
+
+    def fixed_noise(self, num_noise_samples: int, height: int, width: int) -> torch.Tensor:
+        """The noise that is used without a generator, a function of the size and `noise_seed` alone: drawn on the CPU
+        whatever the device, once for many calls.
+
+        Returns:
+            `[num_noise_samples, 2, 1, 3, height, width]` on the pipeline's device, small scale first.
+        """
+        shape, seed = (num_noise_samples, 2, 3, height, width), self.config.noise_seed
+        wanted = (shape, seed, self._execution_device)
+        known = self._fixed_noise  # read once: another thread may replace it meanwhile
+        if known is None or known[0] != wanted:
+            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            known = self._fixed_noise = (wanted, drawn[:, :, None].to(self._execution_device))
+        return known[1]
+
+    def to_output(
+        self,
+        maps: torch.Tensor,
+        reconstructions: torch.Tensor,
+        sizes: list[tuple[int, int]],
+        output_type: str,
+        score_area: int | None = None,
+    ) -> DiffusionADPipelineOutput:
+        """Scores, decisions, and everything at the pictures' own sizes and in the caller's kind.
+
+        Args:
+            maps: `[N, 1, H, W]` on the CPU.
+            reconstructions: `[N, 3, H, W]` on the CPU.
+            sizes: (height, width) of each picture.
+            output_type: `"pil"`, `"np"` or `"pt"`.
+            score_area: the pixels that a `score_top_k` below 1 is a share of; None is H · W.
+        """
+        # 1. Score at the size of the maps (paper, section IV-A): the mean of the largest pixels.
+        area = maps[0].numel()
         top_k = self.config.score_top_k
-        pixels = int(top_k) if top_k >= 1 else round(top_k * height * width)
-        scores = all_maps.flatten(1).topk(min(max(pixels, 1), height * width)).values.mean(1)  # [N]
+        pixels = int(top_k) if top_k >= 1 else round(top_k * (score_area or area))
+        scores = maps.flatten(1).topk(min(max(pixels, 1), area)).values.mean(1)  # [N]
 
-        # 7. Decisions, where thresholds are set; pixels are judged at the pictures' own sizes.
+        # 2. Decisions, where thresholds are set; pixels are judged at the pictures' own sizes.
         masks: Any = None
         is_anomalous: Any = None
         if self.config.pixel_threshold is not None:
-            resized = self.image_processor.resize_to(all_maps, sizes)  # [1, h, w] each
+            resized = self.image_processor.resize_to(maps, sizes)  # [1, h, w] each
             binary = [(m > self.config.pixel_threshold).float() for m in resized]
             masks = [self.image_processor.postprocess(m[None], output_type)[0] for m in binary]
             if output_type != "pil":
@@ -216,15 +315,118 @@ class DiffusionADPipeline(DiffusionPipeline):
             is_anomalous = scores > self.config.image_threshold
             is_anomalous = is_anomalous if output_type == "pt" else is_anomalous.numpy()
 
-        self.maybe_free_model_hooks()
-        output = (
-            self.image_processor.postprocess(all_maps, output_type, sizes),
+        return DiffusionADPipelineOutput(
+            self.image_processor.postprocess(maps, output_type, sizes),
             scores if output_type == "pt" else scores.numpy(),
-            self.image_processor.postprocess(all_reconstructions, output_type, sizes),
+            self.image_processor.postprocess(reconstructions, output_type, sizes),
             masks,
             is_anomalous,
         )
-        return DiffusionADPipelineOutput(*output) if return_dict else output
+
+    def stream(
+        self,
+        images: Iterable[Image],
+        *,
+        batch_size: int | None = None,
+        output_type: str = "pil",
+        **arguments: Any,
+    ) -> Iterator[DiffusionADPipelineOutput]:
+        """Detect anomalies in any number of pictures, while the next are read and the last are being used.
+
+        One thread takes pictures from `images` and resizes them, a second runs the networks, and this iterator makes
+        the output: `for output in pipe.stream(map(open_image, files)): ...` decodes, predicts and saves at once. At
+        most two batches wait between two stages. A picture's output is that of a call with the same batch size.
+
+        Args:
+            images: single pictures of any kind and size; an iterator is read in the background, as results are asked
+                for, and never far ahead.
+            batch_size: pictures in one pass of the networks, or tiles; None is 8.
+            output_type: `"pil"`, `"np"` or `"pt"`.
+            arguments: further ones of `__call__`, but `noise`, and `generator` as one for all.
+
+        Yields:
+            [`DiffusionADPipelineOutput`] of one picture, B = 1, in the order of `images`.
+
+        Raises:
+            ValueError: as `__call__` does, and whatever `images` raises, after the outputs of all batches before.
+        """
+        batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if "noise" in arguments or isinstance(arguments.get("generator"), list):
+            raise ValueError("the number of pictures in a stream is not known: give one generator for all, or none")
+        return self._stream(images, batch_size, output_type, {**arguments, "batch_size": batch_size})
+
+    def _stream(
+        self, images: Iterable[Image], batch_size: int, output_type: str, arguments: dict[str, Any]
+    ) -> Iterator[DiffusionADPipelineOutput]:
+        if self.tiling is not None:
+            yield from prefetched(self(image, output_type=output_type, **arguments) for image in prefetched(images))
+            return
+        height = self.round_size(arguments.pop("height", None) or self.config.image_size, "height")
+        width = self.round_size(arguments.pop("width", None) or self.config.image_size, "width")
+
+        def preprocess() -> Iterator[tuple[torch.Tensor, list[tuple[int, int]]]]:
+            remaining = iter(images)
+            while batch := list(islice(remaining, batch_size)):
+                yield self.image_processor.preprocess(batch, height, width)
+
+        def detect() -> Iterator[tuple[Any, list[tuple[int, int]]]]:
+            for pictures, sizes in prefetched(preprocess()):
+                yield self(pictures, height=height, width=width, output_type="pt", **arguments), sizes
+
+        for output, sizes in prefetched(detect()):
+            for index, size in enumerate(sizes):
+                item = slice(index, index + 1)
+                yield self.to_output(output.anomaly_maps[item], output.reconstructions[item], [size], output_type)
+
+    def enable_tiling(self, tile_size: int | None = None, overlap: float = 0.25) -> None:
+        """From now on, take pictures larger than a tile at their own size, tile by tile ([`tiling`] tells how).
+
+        The networks then see details that resizing the whole picture would wipe out; they must have been trained at
+        that scale (`training/train.py --resize_to`). Memory is that of a batch of tiles, beside the picture and its
+        results.
+
+        Args:
+            tile_size: side of a tile in pixels; None is the pipeline's `image_size`. Rounded to what the networks
+                can take, with a warning.
+            overlap: the least share of a tile's side that it has in common with the next, in [0, 1).
+
+        Raises:
+            ValueError: for values outside their ranges.
+        """
+        if not 0 <= overlap < 1:
+            raise ValueError(
+                f"overlap={overlap} must be in [0, 1): the share of a tile's side that the next one shares"
+            )
+        self.tiling = Tiling(self.round_size(tile_size or self.config.image_size, "tile_size"), overlap)
+
+    def disable_tiling(self) -> None:
+        """From now on, resize every picture to the networks' size again."""
+        self.tiling = None
+
+    def fold_batch_norm(self) -> None:
+        """Fold the batch normalisation of the segmentation network into its convolutions: the same function with half
+        the layers, to be saved and loaded as any other, but no longer to be trained. Other networks stay as they are.
+        """
+        if isinstance(self.segmentation, SegmentationUNet2DModel) and self.segmentation.config.norm_type == "batch":
+            self.register_modules(segmentation=self.segmentation.fold_batch_norm())
+
+    def compile(self, **options: Any) -> bool:
+        """Compile both networks with `torch.compile`, in place. Their first call for each batch size and picture size
+        takes long. torch keeps what it compiled in the folder that `TORCHINDUCTOR_CACHE_DIR` names, for later runs.
+
+        Args:
+            options: of `torch.compile`. By default `dynamic=False`, and on CUDA `mode="reduce-overhead"`, which
+                records CUDA graphs.
+
+        Returns:
+            Whether it was done. Where there is no working compiler (no C++ compiler on a CPU, no Triton on a GPU, a
+            Python that torch does not support yet) a warning says why, and the networks stay as they are.
+        """
+        device = self._execution_device
+        defaults = {"dynamic": False, "mode": "reduce-overhead" if device.type == "cuda" else None}
+        return compile_networks([self.unet, self.segmentation], device, **{**defaults, **options})
 
     def check_inputs(
         self,
@@ -259,8 +461,16 @@ class DiffusionADPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
 
-    def _round_size(self, size: int, name: str) -> int:
-        """The nearest size that the networks can take."""
+    def round_size(self, size: int, name: str = "size") -> int:
+        """The nearest size that the networks can take.
+
+        Args:
+            size: height or width in pixels.
+            name: what the messages call it.
+
+        Raises:
+            ValueError: for a size below 1 or above 8192 pixels.
+        """
         divisor = lcm(self.unet.size_divisor, getattr(self.segmentation, "size_divisor", 32))
         rounded = max(divisor, round(size / divisor) * divisor)
         if not 1 <= size <= MAX_SIDE:
@@ -276,13 +486,18 @@ class DiffusionADPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or a Hub id such as `"user/model"`.
             kwargs: those of diffusers (`dtype`, `variant`, `revision`, `token`, `cache_dir`, `local_files_only`, ...),
-                components, or values for the pipeline's config such as `image_threshold=0.4`.
+                components, or values for the pipeline's config such as `image_threshold=0.4`. `dtype` is that of the
+                networks; the rest is computed in float32. None loads float32, with which thresholds are calibrated
+                and results documented; `"auto"` loads bfloat16 where the GPU, or the CPU if there is none, has
+                instructions for it, and float32 elsewhere.
 
         Raises:
             WeightsFileError: the folder or a file is missing, damaged, a pickle, or does not fit; the message names it.
         """
         if kwargs.pop("use_safetensors", True) is False:
             raise WeightsFileError("only safetensors are loaded: a pickle could run code. Leave use_safetensors out")
+        if kwargs.get("dtype") == "auto":
+            kwargs["dtype"] = fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
         folder = origin = os.fspath(pretrained_model_name_or_path)
         if os.path.isdir(folder):
             origin = Path(folder).resolve().name
@@ -371,6 +586,11 @@ class DiffusionADPipeline(DiffusionPipeline):
         if others:
             raise ValueError(f"the authors' code has no scheduler with {others}: it predicts noise, on its schedules")
         write_checkpoint(path, self.unet, self.segmentation, args)
+
+
+def _as_tuple(output: DiffusionADPipelineOutput) -> tuple[Any, ...]:
+    """Every field, also those that are None, which diffusers' own `to_tuple` leaves out."""
+    return tuple(getattr(output, field.name) for field in fields(output))
 
 
 def _weights_patterns(networks: list[str], variant: str | None = None) -> list[str]:

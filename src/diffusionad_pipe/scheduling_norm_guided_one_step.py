@@ -191,8 +191,8 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
         # | pred_large     | n     | [B, C, H, W]   | "norm image", prediction from x_b     |
         # | weight         | w     | number         | guidance weight                       |
         t_small, t_large = timestep.reshape(2, -1)
-        noised_small, noised_large = sample.chunk(2)
-        output_small, output_large = model_output.chunk(2)
+        noised_small, noised_large = sample.unflatten(0, (2, -1))
+        output_small, output_large = model_output.unflatten(0, (2, -1))
 
         # 1. Predict the clean picture from each scale in one step.
         pred_small = self.predict_original_sample(output_small, t_small, noised_small)
@@ -212,7 +212,9 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
 
     def _signal_and_noise(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """√ᾱ_t and √(1−ᾱ_t) as `[B or 1, 1, 1, 1]` on the device and in the dtype of `like`."""
-        alpha_bar = self.alphas_cumprod.to(like.device)[timesteps.to(like.device)].reshape(-1, 1, 1, 1)
+        if self.alphas_cumprod.device != like.device:  # it stays there: one copy to a GPU, not one for each call
+            self.alphas_cumprod = self.alphas_cumprod.to(like.device)
+        alpha_bar = self.alphas_cumprod[timesteps.to(like.device)].reshape(-1, 1, 1, 1)
         return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
 
     def _clip(self, sample: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ The layers are those of the authors' network, checked against golden values. It 
 belongs to the loss and to the pipeline, so that training is safe under mixed precision.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 ENCODER_MULTIPLIERS = (1, 2, 4, 8, 8, 8)
 
@@ -34,7 +36,8 @@ class SegmentationUNet2DModel(ModelMixin, ConfigMixin):
         in_channels: channels of the concatenated picture and reconstruction.
         out_channels: channels of the logits.
         base_channels: width of the first of six levels; the others have 2, 4, 8, 8, 8 times as much.
-        norm_type: `"batch"` (the paper) or `"group"`, which does not depend on the batch while training.
+        norm_type: `"batch"` (the paper), `"group"`, which does not depend on the batch while training, or `"none"`, as
+            [`fold_batch_norm`] leaves it.
         norm_num_groups: groups of each GroupNorm when `norm_type="group"`.
 
     Raises:
@@ -53,8 +56,8 @@ class SegmentationUNet2DModel(ModelMixin, ConfigMixin):
         norm_num_groups: int = 8,
     ):
         super().__init__()
-        if norm_type not in ("batch", "group"):
-            raise ValueError(f"norm_type must be 'batch' or 'group', not {norm_type!r}")
+        if norm_type not in ("batch", "group", "none"):
+            raise ValueError(f"norm_type must be 'batch', 'group' or 'none', not {norm_type!r}")
         # A damaged or hostile config.json must not ask for terabytes.
         if not (1 <= base_channels <= 512 and 1 <= in_channels <= 64 and 1 <= out_channels <= 64):
             raise ValueError(
@@ -65,6 +68,8 @@ class SegmentationUNet2DModel(ModelMixin, ConfigMixin):
             raise ValueError(f"base_channels={base_channels} must be divisible by norm_num_groups={norm_num_groups}")
 
         def norm(channels: int) -> nn.Module:
+            if norm_type == "none":
+                return nn.Identity()
             return nn.BatchNorm2d(channels) if norm_type == "batch" else nn.GroupNorm(norm_num_groups, channels)
 
         def conv(channels_in: int, channels_out: int) -> list[nn.Module]:
@@ -94,6 +99,27 @@ class SegmentationUNet2DModel(ModelMixin, ConfigMixin):
     def size_divisor(self) -> int:
         """Heights and widths must be multiples of this many pixels."""
         return 2 ** (len(ENCODER_MULTIPLIERS) - 1)
+
+    def fold_batch_norm(self) -> "SegmentationUNet2DModel":
+        """The same function for inference without batch normalisation, which each convolution before it takes over.
+
+        Returns:
+            A new network in eval mode with `norm_type="none"`, of the same dtype and on the same device.
+
+        Raises:
+            ValueError: for another `norm_type`.
+        """
+        if self.config.norm_type != "batch":
+            raise ValueError(f"norm_type={self.config.norm_type!r} cannot be folded: only batch normalisation can")
+        folded = copy.deepcopy(self).eval().float()  # in bfloat16 the products would be rounded twice
+        for block in (module for module in folded.modules() if isinstance(module, nn.Sequential)):
+            for index, layer in enumerate(block):
+                convolution = block[index - 1]
+                if isinstance(layer, nn.BatchNorm2d) and isinstance(convolution, nn.Conv2d):
+                    block[index - 1] = fuse_conv_bn_eval(convolution, layer)
+                    block[index] = nn.Identity()
+        folded.register_to_config(norm_type="none")
+        return folded.to(self.dtype)
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> SegmentationUNet2DOutput | tuple[torch.Tensor]:
         """Mark the anomalous pixels.

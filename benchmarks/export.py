@@ -1,0 +1,114 @@
+"""Exported detectors against the pipeline: milliseconds, differences, and accuracy.
+
+    python benchmarks/export.py --model pretrained/hazelnut --data training/data/hazelnut_toy/hazelnut --compile
+
+Writes the model in every format, in float32 and int8 (calibrated on the good pictures of the training split), and times
+one picture from uint8 pixels to map and score, in turns. Differences are to the pipeline in float32, over the test
+pictures; so are the areas under the curves. Nothing is chosen by them.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import in_turns, load_model, machine, print_table, write_json
+
+from diffusionad_pipe import DiffusionADPipeline
+from diffusionad_pipe.data import load_anomaly_dataset
+from diffusionad_pipe.evaluation import load_test_pictures
+from diffusionad_pipe.export import export_detector
+from diffusionad_pipe.exported import ExportedDetector, to_rgb_uint8
+from diffusionad_pipe.metrics import evaluate_maps
+
+METRICS = ("image_auroc", "pixel_auroc", "pixel_ap")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pretrained/hazelnut")
+    parser.add_argument("--data", default="training/data/hazelnut_toy/hazelnut", help="a dataset with one category")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--pictures", type=int, help="use only so many test pictures, spread over all")
+    parser.add_argument("--calibration", type=int, default=100, help="good training pictures for int8, at most")
+    parser.add_argument("--compile", action="store_true", help="also the compiled pipeline")
+    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    arguments = parser.parse_args()
+
+    device = torch.device("cpu")
+    pipe = load_model(arguments.model, device)
+    test = load_test_pictures(arguments.data, None)[0]
+    chosen = range(0, len(test), -(-len(test) // (arguments.pictures or len(test))))
+    pictures = [to_rgb_uint8(test.picture(index)) for index in chosen]
+    masks = [test.mask(index, picture.shape[:2]) for index, picture in zip(chosen, pictures)]
+    labels = np.array([test.labels[index] for index in chosen])
+    good = load_anomaly_dataset(arguments.data)["train"]["image"][: arguments.calibration]
+    calibration = [to_rgb_uint8(picture) for picture in good]
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        detectors: dict[str, Callable[..., Any]] = {"pipeline, float32": pipe}
+        bfloat16 = DiffusionADPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16)
+        bfloat16.set_progress_bar_config(disable=True)
+        detectors["pipeline, bfloat16"] = bfloat16
+        if arguments.compile:
+            compiled = load_model(arguments.model, device)
+            compiled.fold_batch_norm()
+            if compiled.compile():
+                detectors["pipeline, float32, compiled"] = compiled
+        export_detector(pipe, folder / "detector.pt2", "torch")
+        detectors["torch.export, float32"] = ExportedDetector(folder / "detector.pt2")
+        for runtime, format, suffix in (("ONNX Runtime", "onnx", ".onnx"), ("OpenVINO", "openvino", ".xml")):
+            for precision in ("float32", "int8"):
+                path = folder / f"{precision}{suffix}"
+                export_detector(pipe, path, format, int8=precision == "int8", calibration=calibration)
+                threads = torch.get_num_threads()
+                detectors[f"{runtime}, {precision}"] = ExportedDetector(path, threads=threads)
+        options = {"INFERENCE_PRECISION_HINT": "bf16"}
+        path = folder / "float32.xml"
+        detectors["OpenVINO, bfloat16"] = ExportedDetector(path, threads=torch.get_num_threads(), options=options)
+
+        def call(detector: Callable[..., Any]) -> Callable[[], object]:
+            return lambda: detector(pictures[0], output_type="np", batch_size=1)
+
+        timings = in_turns({name: call(d) for name, d in detectors.items()}, arguments.rounds, device)
+        found = {}
+        for name, detector in detectors.items():
+            outputs = [detector(picture, output_type="np", batch_size=1) for picture in pictures]
+            found[name] = [o.anomaly_maps[0, ..., 0] for o in outputs], np.array([o.anomaly_scores[0] for o in outputs])
+
+    results: dict[str, Any] = {"machine": machine(device), "model": arguments.model, "pictures": len(pictures)}
+    print(f"{arguments.model}, {len(pictures)} test pictures, {results['machine']}, medians of {arguments.rounds}\n")
+    maps, scores = found["pipeline, float32"]
+    judged = [index for index, mask in enumerate(masks) if mask is not None]
+    rows = []
+    for name, (own_maps, own_scores) in found.items():
+        timing = timings[name]
+        metrics = evaluate_maps(
+            [own_maps[index] for index in judged],
+            [mask for mask in masks if mask is not None],
+            own_scores[judged],
+            labels[judged],
+        )
+        map_difference = max(float(np.abs(own - other).max()) for own, other in zip(own_maps, maps))
+        score_difference = float(np.abs(own_scores - scores).max())
+        ratio = timings["pipeline, float32"].median / timing.median
+        results[name] = {
+            **timing._asdict(),
+            "speedup": ratio,
+            "map_difference": map_difference,
+            "score_difference": score_difference,
+            **{key: metrics[key] for key in METRICS},
+        }
+        differences = f"{score_difference:.2g}", f"{map_difference:.2g}"
+        rows.append((name, timing, f"{ratio:.3g}", *differences, *(f"{metrics[key]:.4f}" for key in METRICS)))
+    columns = ("form", "seconds", "times float32", "score differs", "map differs", *METRICS)
+    print_table(columns, rows)
+    write_json(arguments.output, results)
+
+
+if __name__ == "__main__":
+    main()

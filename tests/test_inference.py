@@ -1,0 +1,186 @@
+"""Ways to run the pipeline faster, which must not change what it says: streams, dtypes, folding, compiling."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusionad_pipe import DiffusionADPipeline, SegmentationUNet2DModel
+from diffusionad_pipe.acceleration import explained_out_of_memory, fastest_dtype
+from diffusionad_pipe.prefetch import prefetched
+
+
+def pictures(count: int, size: int = 32) -> list[Image.Image]:
+    random = np.random.RandomState(0)
+    return [Image.fromarray(random.randint(0, 256, (size, size + i, 3), dtype=np.uint8)) for i in range(count)]
+
+
+def test_a_stream_is_the_call(tiny_pipeline: DiffusionADPipeline) -> None:
+    tiny_pipeline.register_to_config(image_threshold=0.5, pixel_threshold=0.5)
+    images = pictures(5)
+    called = tiny_pipeline(images, batch_size=2, output_type="np", guidance_scale=0.5, height=64)
+    streamed = list(tiny_pipeline.stream(iter(images), batch_size=2, output_type="np", guidance_scale=0.5, height=64))
+    assert len(streamed) == 5
+    for index, output in enumerate(streamed):
+        for name in ("anomaly_maps", "anomaly_scores", "reconstructions", "predicted_masks", "is_anomalous"):
+            np.testing.assert_array_equal(getattr(output, name)[0], getattr(called, name)[index], err_msg=name)
+    assert [o.anomaly_maps[0].size for o in tiny_pipeline.stream(images)] == [(32 + i, 32) for i in range(5)]
+    assert list(tiny_pipeline.stream([])) == []
+
+
+def test_a_generator_draws_in_a_stream_as_in_a_call(tiny_pipeline: DiffusionADPipeline) -> None:
+    images = pictures(3)
+    called = tiny_pipeline(images, batch_size=2, generator=torch.Generator().manual_seed(5), output_type="np")
+    stream = tiny_pipeline.stream(images, batch_size=2, generator=torch.Generator().manual_seed(5), output_type="np")
+    assert [output.anomaly_scores[0] for output in stream] == called.anomaly_scores.tolist()
+
+
+def test_a_stream_reads_ahead_but_not_far(tiny_pipeline: DiffusionADPipeline) -> None:
+    read: list[threading.Thread] = []
+
+    def endless() -> Iterator[Image.Image]:
+        while True:
+            read.append(threading.current_thread())
+            yield pictures(1)[0]
+
+    stream = tiny_pipeline.stream(endless(), batch_size=1)
+    assert not read
+    for _ in range(3):
+        next(stream)
+    assert threading.current_thread() not in read
+    time.sleep(1)
+    count = len(read)
+    assert 3 < count < 20
+    stream.close()
+    for thread in set(read):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert len(read) <= count + 2
+
+
+def test_an_error_in_a_stream_comes_after_the_good_outputs(tiny_pipeline: DiffusionADPipeline) -> None:
+    def some_break() -> Iterator[Image.Image]:
+        yield from pictures(2)
+        raise OSError("the camera was unplugged")
+
+    stream = tiny_pipeline.stream(some_break(), batch_size=1)
+    next(stream), next(stream)
+    with pytest.raises(OSError, match="unplugged"):
+        next(stream)
+    stream = tiny_pipeline.stream([*pictures(1), np.full((32, 32, 3), 7.0)], batch_size=1)
+    next(stream)
+    with pytest.raises(ValueError, match="divide 0..255"):
+        next(stream)
+
+
+@pytest.mark.parametrize(
+    "arguments, cause",
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"noise": torch.zeros(2, 1, 3, 32, 32)}, "not known"),
+        ({"generator": [torch.Generator()]}, "one generator for all"),
+    ],
+)
+def test_bad_arguments_of_a_stream(tiny_pipeline: DiffusionADPipeline, arguments: dict, cause: str) -> None:
+    with pytest.raises(ValueError, match=cause):
+        tiny_pipeline.stream(pictures(1), **arguments)
+
+
+def test_prefetched_keeps_order_and_errors() -> None:
+    assert list(prefetched(range(100), ahead=1)) == list(range(100))
+    assert list(prefetched(prefetched([1, 2, 3]))) == [1, 2, 3]
+    assert list(prefetched([])) == []
+    with pytest.raises(TypeError, match="not iterable"):
+        list(prefetched(None))  # type: ignore[arg-type]
+
+
+def test_fixed_noise_is_drawn_once(tiny_pipeline: DiffusionADPipeline) -> None:
+    tiny_pipeline(pictures(1))
+    drawn = tiny_pipeline.fixed_noise(1, 32, 32)
+    tiny_pipeline(pictures(3))
+    assert tiny_pipeline.fixed_noise(1, 32, 32) is drawn
+    assert tiny_pipeline.fixed_noise(1, 32, 64).shape == (1, 2, 1, 3, 32, 64)
+    tiny_pipeline.register_to_config(noise_seed=3)
+    assert not torch.equal(tiny_pipeline.fixed_noise(1, 32, 32), drawn)
+
+
+def test_outputs_can_be_used_for_training(tiny_pipeline: DiffusionADPipeline) -> None:
+    """Tensors made in inference mode could not: autograd refuses them."""
+    output = tiny_pipeline(pictures(1), output_type="pt")
+    weight = torch.ones(1, requires_grad=True)
+    (weight * output.anomaly_maps).sum().backward()
+    output.reconstructions.mul_(2)
+
+
+def test_bfloat16_end_to_end(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> None:
+    exact = tiny_pipeline(pictures(2), output_type="pt")
+    tiny_pipeline.save_pretrained(tmp_path)
+    loaded = DiffusionADPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.unet.dtype == loaded.segmentation.dtype == torch.bfloat16
+    output = loaded(pictures(2), output_type="pt")
+    assert output.anomaly_maps[0].dtype == output.anomaly_scores.dtype == torch.float32
+    for ours, expected in zip(output.anomaly_maps, exact.anomaly_maps):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0.05)
+    again = loaded(pictures(2), output_type="pt")
+    assert torch.equal(again.anomaly_scores, output.anomaly_scores)
+    automatic = DiffusionADPipeline.from_pretrained(tmp_path, dtype="auto")
+    assert automatic.unet.dtype == fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    assert DiffusionADPipeline.from_pretrained(tmp_path).unet.dtype == torch.float32
+    assert fastest_dtype("meta") == torch.float32
+
+
+def test_batch_norm_is_folded(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> None:
+    exact = tiny_pipeline(pictures(2, 40), output_type="np")
+    original = tiny_pipeline.segmentation
+    state = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    tiny_pipeline.fold_batch_norm()
+    folded = tiny_pipeline.segmentation
+    assert folded.config.norm_type == "none" and original.config.norm_type == "batch"
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in original.state_dict().items())
+    output = tiny_pipeline(pictures(2, 40), output_type="np")
+    np.testing.assert_allclose(output.anomaly_scores, exact.anomaly_scores, rtol=0, atol=1e-5)
+    tiny_pipeline.fold_batch_norm()  # nothing left to fold
+    tiny_pipeline.save_pretrained(tmp_path)
+    again = DiffusionADPipeline.from_pretrained(tmp_path)(pictures(2, 40), output_type="np")
+    np.testing.assert_array_equal(again.anomaly_scores, output.anomaly_scores)
+    with pytest.raises(ValueError, match="only batch normalisation"):
+        SegmentationUNet2DModel(base_channels=8, norm_type="group").fold_batch_norm()
+
+
+def test_compiled_networks_say_the_same(tiny_pipeline: DiffusionADPipeline) -> None:
+    exact = tiny_pipeline(pictures(1), output_type="pt")
+    names = list(tiny_pipeline.unet.state_dict())
+    assert tiny_pipeline.compile(
+        backend="eager", mode=None
+    )  # traces the networks, and spares the test the C++ compiler
+    output = tiny_pipeline(pictures(1), output_type="pt")
+    torch.testing.assert_close(output.anomaly_maps, exact.anomaly_maps, rtol=0, atol=1e-5)
+    assert list(tiny_pipeline.unet.state_dict()) == names
+    torch._dynamo.reset()
+
+
+def test_without_a_compiler_compile_says_so_and_changes_nothing(tiny_pipeline, monkeypatch, caplog) -> None:
+    import torch._inductor.config as inductor
+
+    exact = tiny_pipeline(pictures(1), output_type="pt")
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    assert not tiny_pipeline.compile()
+    assert "stay uncompiled" in caplog.text and "C++ compiler" in caplog.text
+    assert torch.equal(tiny_pipeline(pictures(1), output_type="pt").anomaly_maps, exact.anomaly_maps)
+    torch._dynamo.reset()
+
+
+def test_out_of_memory_names_the_cure(tiny_pipeline: DiffusionADPipeline) -> None:
+    with (
+        pytest.raises(MemoryError, match="batch_size=3: use a smaller"),
+        explained_out_of_memory("batch_size=3", "a smaller batch_size"),
+    ):
+        torch.empty(2**52)
+    with pytest.raises(RuntimeError, match="shape"), explained_out_of_memory("", ""):
+        torch.zeros(2).reshape(3)

@@ -1,0 +1,164 @@
+"""Large pictures tile by tile: positions, weights, seams, scores, memory, bad input."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from diffusionad_pipe import DiffusionADPipeline
+from diffusionad_pipe.tiling import blend_weights, tile_starts
+
+
+def smooth_picture(height: int, width: int) -> np.ndarray:
+    """uint8 `[height, width, 3]`, without any edge."""
+    coarse = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    large = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
+    return large[0].permute(1, 2, 0).clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 64), st.integers(0, 300), st.floats(0, 0.99))
+def test_tiles_cover_the_side_and_weights_add_up(tile: int, extra: int, overlap: float) -> None:
+    length = tile + extra
+    starts = tile_starts(length, tile, overlap)
+    assert starts[0] == 0 and starts[-1] == length - tile
+    gaps = np.diff(starts)
+    assert all(gaps >= 0) and all(tile - gaps >= min(round(tile * overlap), tile - 1))
+    weights = blend_weights(starts, tile)
+    total = torch.zeros(length)
+    for start, weight in zip(starts, weights):
+        total[start : start + tile] += weight
+    assert weights.shape == (len(starts), tile) and weights.min() >= 0
+    torch.testing.assert_close(total, torch.ones(length), rtol=0, atol=1e-6)
+
+
+def test_weights_are_ramps() -> None:
+    first, last = blend_weights([0, 6], 8)
+    assert first[:6].tolist() == last[2:].tolist() == [1.0] * 6
+    assert first[6:].tolist() == pytest.approx([0.75, 0.25])
+
+
+def test_one_tile_is_the_untiled_picture(tiny_pipeline: DiffusionADPipeline) -> None:
+    picture = smooth_picture(32, 32)
+    expected = tiny_pipeline(picture, output_type="np")
+    tiny_pipeline.enable_tiling()
+    for size in (16, 32):  # not larger than a tile: as without tiling
+        small = smooth_picture(size, 32)
+        tiled = tiny_pipeline([small], output_type="np")
+        tiny_pipeline.disable_tiling()
+        untiled = tiny_pipeline([small], output_type="np")
+        tiny_pipeline.enable_tiling()
+        np.testing.assert_array_equal(tiled.anomaly_maps, untiled.anomaly_maps)
+        assert tiled.anomaly_scores == untiled.anomaly_scores
+    tiny_pipeline.disable_tiling()
+    np.testing.assert_array_equal(tiny_pipeline(picture, output_type="np").anomaly_maps, expected.anomaly_maps)
+
+
+def seam_ratio(anomaly_map: np.ndarray, starts: list[int]) -> float:
+    """The mean step of a map `[H, W]` across the left edges of tiles, in multiples of that across all columns."""
+    steps = np.abs(np.diff(anomaly_map, axis=1)).mean(0)
+    return float(steps[[start - 1 for start in starts[1:]]].mean() / steps.mean())
+
+
+def test_no_step_at_the_seams(tiny_pipeline: DiffusionADPipeline) -> None:
+    picture = smooth_picture(32, 32 + 24 * 8)
+    ratios = {}
+    for overlap in (0.0, 0.25, 0.5):
+        tiny_pipeline.enable_tiling(32, overlap)
+        # Hardly any noise: the maps of these untrained networks would be little else.
+        output = tiny_pipeline(picture, small_timestep=0, large_timestep=1, output_type="np")
+        anomaly_map = output.anomaly_maps[0, ..., 0]
+        ratios[overlap] = seam_ratio(anomaly_map, tile_starts(picture.shape[1], 32, overlap))
+    # Side by side the tiles show; blended, an edge of a tile is no more of a step than any other column.
+    assert ratios[0.0] > 1.5, ratios
+    assert ratios[0.25] < 1.15 and ratios[0.5] < 1.15, ratios
+
+
+def test_tiles_share_their_noise_where_they_overlap(tiny_pipeline: DiffusionADPipeline) -> None:
+    """With a UNet that does nothing, the reconstruction shows the noise: it must be one field, repeated."""
+    for parameter in tiny_pipeline.unet.conv_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    picture = np.full((32, 100, 3), 128, dtype=np.uint8)
+    tiny_pipeline.enable_tiling(32, 0.25)
+    tiny_pipeline.scheduler.register_to_config(clip_sample=False)
+    rebuilt = tiny_pipeline(picture, output_type="np").reconstructions[0]  # [32, 100, 3]
+    tiny_pipeline.disable_tiling()
+    tile = tiny_pipeline(picture[:, :32], output_type="np").reconstructions[0]
+    np.testing.assert_allclose(rebuilt, np.tile(tile, (1, 4, 1))[:, :100], rtol=0, atol=1e-5)
+
+
+def test_the_score_is_that_of_the_blended_map(tiny_pipeline: DiffusionADPipeline) -> None:
+    tiny_pipeline.enable_tiling(32)
+    picture = smooth_picture(70, 90)
+    for top_k, pixels in ((50, 50), (0.01, round(0.01 * 32 * 32))):
+        tiny_pipeline.register_to_config(score_top_k=top_k)
+        output = tiny_pipeline(picture, output_type="pt")
+        assert output.anomaly_maps.shape == (1, 1, 70, 90)
+        expected = output.anomaly_maps.flatten().topk(pixels).values.mean()
+        assert output.anomaly_scores.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_tiled_outputs_do_not_depend_on_the_batch(tiny_pipeline: DiffusionADPipeline) -> None:
+    tiny_pipeline.register_to_config(image_threshold=0.5, pixel_threshold=0.5)
+    tiny_pipeline.enable_tiling(32, 0.5)
+    images = [Image.fromarray(smooth_picture(48, 80)), smooth_picture(20, 70), smooth_picture(30, 30)]
+    together = tiny_pipeline(images, batch_size=5, output_type="np")
+    assert [m.shape for m in together.anomaly_maps] == [(48, 80, 1), (20, 70, 1), (30, 30, 1)]
+    streamed = list(tiny_pipeline.stream(images, batch_size=1, output_type="np"))
+    for index, output in enumerate(streamed):
+        np.testing.assert_allclose(output.anomaly_scores[0], together.anomaly_scores[index], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(output.anomaly_maps[0], together.anomaly_maps[index], rtol=0, atol=1e-5)
+        assert output.predicted_masks.shape[1:] == together.predicted_masks[index].shape
+    pil = tiny_pipeline(images)
+    assert [m.size for m in pil.anomaly_maps] == [(80, 48), (70, 20), (30, 30)] and len(pil.is_anomalous) == 3
+    as_tuple = tiny_pipeline(images[0], output_type="np", return_dict=False)
+    np.testing.assert_allclose(as_tuple[1], together.anomaly_scores[:1], rtol=0, atol=1e-5)
+
+
+def test_kinds_of_pictures_agree(tiny_pipeline: DiffusionADPipeline) -> None:
+    tiny_pipeline.enable_tiling(32)
+    array = smooth_picture(40, 60)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    expected = tiny_pipeline(array, output_type="np").anomaly_scores
+    for other in (Image.fromarray(array), tensor, tensor[None], tensor.float() / 255):
+        np.testing.assert_allclose(tiny_pipeline(other, output_type="np").anomaly_scores, expected, rtol=0, atol=1e-6)
+    resized = tiny_pipeline(array, height=64, width=96, output_type="np")
+    assert resized.anomaly_maps.shape == (1, 40, 60, 1)
+    assert tiny_pipeline(array, num_noise_samples=2, output_type="np").anomaly_scores != expected
+    seeded = [tiny_pipeline(array, generator=torch.Generator().manual_seed(1)).anomaly_scores[0] for _ in range(2)]
+    assert seeded[0] == seeded[1] != expected[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, cause",
+    [
+        ({"overlap": 1.0}, "overlap=1.0 must be in"),
+        ({"overlap": -0.1}, "overlap=-0.1 must be in"),
+        ({"tile_size": -8}, "tile_size=-8 is outside"),
+        ({"tile_size": 10**6}, "outside 1 ... 8192"),
+    ],
+)
+def test_bad_tilings(tiny_pipeline: DiffusionADPipeline, arguments: dict, cause: str) -> None:
+    with pytest.raises(ValueError, match=cause):
+        tiny_pipeline.enable_tiling(**arguments)
+    assert tiny_pipeline.tiling is None
+
+
+@pytest.mark.parametrize(
+    "images, arguments, cause",
+    [
+        (np.zeros((64, 64, 3), np.uint8), {"noise": torch.zeros(2, 1, 3, 64, 64)}, "disable_tiling"),
+        (np.zeros((64, 64, 3), np.uint8), {"batch_size": 0}, "at least 1"),
+        (np.zeros((64, 64, 3), np.uint8), {"output_type": "latent"}, "'pil', 'np' or 'pt'"),
+        (np.zeros((64, 64, 3), np.uint8), {"small_timestep": 500}, "in order"),
+        ([np.zeros((64, 64, 3)), np.full((64, 64, 3), np.nan)], {}, "picture 1.*NaN"),
+        ([np.zeros((64, 64, 3)), "path.png"], {}, "picture 1.*open_image"),
+        ([], {}, "at least one"),
+    ],
+)
+def test_bad_calls(tiny_pipeline: DiffusionADPipeline, images, arguments: dict, cause: str) -> None:
+    tiny_pipeline.enable_tiling(32)
+    with pytest.raises((TypeError, ValueError), match=cause):
+        tiny_pipeline(images, **arguments)
