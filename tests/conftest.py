@@ -45,6 +45,11 @@ def randomize(network: nn.Module) -> None:
 @pytest.fixture
 def tiny_pipeline() -> DiffusionADPipeline:
     """A pipeline of a few thousand parameters that works at 32 pixels."""
+    return build_tiny_pipeline()
+
+
+def build_tiny_pipeline() -> DiffusionADPipeline:
+    """What the fixture `tiny_pipeline` returns, for fixtures of a wider scope."""
     torch.manual_seed(0)
     unet = DiffusionADUNet2DModel(
         sample_size=32, block_out_channels=(8, 8), attention=(False, True), num_attention_heads=2, norm_num_groups=4
@@ -80,10 +85,11 @@ def tiny_segformer() -> nn.Module:
 
 
 class HubServer:
-    """As much of the Hub's API as downloads and uploads of models need, for repositories in a folder.
+    """As much of the Hub's API as downloads and uploads of models, and uploads of Spaces, need.
 
     Args:
-        root: an empty folder; every commit of a repository becomes a folder `root/user/model/<commit>`.
+        root: an empty folder; every commit of a repository becomes a folder `root/user/model/<commit>`, or
+            `root/spaces/user/name/<commit>`.
 
     Attributes:
         requests: method and path of every request so far.
@@ -137,8 +143,9 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
         self.hub.requests.append((self.command, path))
-        if path.startswith("api/models/"):
-            user, model, *rest = path.removeprefix("api/models/").split("/")
+        if path.startswith(("api/models/", "api/spaces/")):
+            user, model, *rest = path.split("/", 2)[2].split("/")
+            user = f"spaces/{user}" if path.startswith("api/spaces/") else user
             # /api/models/user/model[/revision/main] and /api/models/user/model/tree/main
             what, revision = (rest[0], rest[1]) if len(rest) > 1 else ("revision", "main")
             if folder := self.find(f"{user}/{model}", revision):
@@ -171,6 +178,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         elif path == "api/repos/create":
             payload = json.loads(body)
             repo = f"{payload['organization'] or 'user'}/{payload['name']}"
+            repo = f"spaces/{repo}" if payload.get("type") == "space" else repo
             exists = repo in self.hub.refs
             if not exists:
                 self.hub.commit(repo, {".gitattributes": b""})
@@ -180,7 +188,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
             modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
             self.answer({"files": modes})
         elif "/commit/" in path:
-            repo, _, branch = path.removeprefix("api/models/").partition("/commit/")
+            repo, _, branch = path.removeprefix("api/").removeprefix("models/").partition("/commit/")
             lines = [json.loads(line) for line in body.splitlines()]
             values = [line["value"] for line in lines if line["key"] == "file"]
             files = {value["path"]: base64.b64decode(value["content"]) for value in values}

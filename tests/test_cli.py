@@ -1,9 +1,14 @@
-"""`diffusionad predict`, on real pictures with the shipped model or a tiny one."""
+"""`diffusionad predict`, on real pictures with a tiny model."""
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +17,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffusionad_pipe import DiffusionADPipeline
-from diffusionad_pipe.cli import app, output_names
+from diffusionad_pipe.cli import app
+from diffusionad_pipe.picture_sources import output_names, watch_folders
 
 runner = CliRunner()
 
@@ -34,8 +40,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-def predict(*arguments: object):
-    return runner.invoke(app, ["predict", *map(str, arguments)])
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[], None]]:
+    """Ends a command as Ctrl-C does, also where the tests run in the background and would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def predict(*arguments: object, listed: str | None = None):
+    return runner.invoke(app, ["predict", *map(str, arguments)], input=listed)
 
 
 def rows(output: Path) -> list[dict]:
@@ -103,6 +117,10 @@ def test_broken_files_are_reported_and_the_rest_goes_on(model: Path, folder: Pat
         (["{tmp}/pictures", "--model", "{model}", "--batch-size", "0"], "batch-size"),
         (["{tmp}/pictures"], "--model"),
         (["{tmp}/pictures", "--model", "{model}", "--device", "tpu9"], "device"),
+        (["{tmp}/*.tif", "--model", "{model}"], "no file has a name like this"),
+        (["-", "--model", "{model}"], "write one on each line"),
+        (["{tmp}/pictures/a.png", "--model", "{model}", "--watch"], "a.png is none"),
+        (["--model", "{model}"], "give pictures, or --dataset"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(
@@ -115,11 +133,166 @@ def test_wrong_usage_is_exit_code_2(
     assert "Traceback" not in result.output
 
 
-def test_threshold_and_pixel_limit(model: Path, folder: Path, tmp_path: Path) -> None:
-    result = predict(folder, "--model", model, "--output", tmp_path / "out", "--threshold", "0")
-    assert result.exit_code == 0 and {line["decision"] for line in rows(tmp_path / "out")} == {"defective"}
-    result = predict(folder, "--model", model, "--output", tmp_path / "out", "--max-pixels", "100")
+def test_thresholds_masks_and_pixel_limit(model: Path, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    result = predict(folder, "--model", model, "--output", output, "--threshold", 0, "--pixel-threshold", 0, "--masks")
+    assert result.exit_code == 0 and {line["decision"] for line in rows(output)} == {"defective"}
+    mask = np.asarray(Image.open(output / "pictures_a_mask.png"))
+    assert mask.shape == (40, 48) and mask.min() == 255
+    result = predict(folder, "--model", model, "--output", tmp_path / "small", "--max-pixels", "100")
     assert result.exit_code == 1 and "--max-pixels" in result.output
+
+
+def test_fail_on_defect(model: Path, folder: Path, tmp_path: Path) -> None:
+    common = (folder / "a.png", "--model", model, "--fail-on-defect")
+    assert predict(*common, "--output", tmp_path / "one", "--threshold", 0).exit_code == 3
+    assert predict(*common, "--output", tmp_path / "two", "--threshold", 1).exit_code == 0
+    # A picture that was not judged is an error first.
+    common = (*common, tmp_path / "pictures" / "page.png")
+    (folder / "page.png").write_text("<html>")
+    assert predict(*common, "--output", tmp_path / "one", "--threshold", 0).exit_code == 1
+
+
+def test_patterns_lists_and_what_lies_in_the_output(model: Path, folder: Path, tmp_path: Path) -> None:
+    listed = f"{folder}/a.png\n\n{folder}/sub/gone.png\n"
+    output = folder / "results"
+    result = predict(f"{folder}/**/*.webp", "-", "--model", model, "--output", output, listed=listed)
+    assert result.exit_code == 1 and "gone.png: there is no such file" in result.output
+    assert [Path(line["path"]).name for line in rows(output)] == ["ä.webp", "a.png", "gone.png"]
+    # The drawings in the output folder are no pictures to judge.
+    result = predict(folder, "--model", model, "--output", output)
+    assert result.exit_code == 0 and len(rows(output)) == 5 and "2 of 4 pictures were judged before" in result.output
+
+
+def test_going_on_judges_only_what_is_new_or_changed(model: Path, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    common = ("--model", model, "--output", output, "--batch-size", 1)
+    predict(folder / "a.png", folder / "sub" / "a.jpg", *common)
+    before = {file.name: file.stat().st_mtime_ns for file in output.glob("*.png")}
+    # A killed run leaves half a line behind and no table.
+    with open(output / "results.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"path": "half')
+    (output / "results.csv").unlink()
+    result = predict(folder, *common)
+    assert result.exit_code == 0 and "2 of 4 pictures were judged before" in result.output
+    assert "4 judged" in result.output and len(rows(output)) == 4
+    assert all((output / name).stat().st_mtime_ns == when for name, when in before.items())
+    kept = {row["path"]: row["output"] for row in rows(output)}
+
+    Image.new("RGB", (48, 40)).save(folder / "a.png")  # another picture under the same name
+    os.utime(folder / "a.png", (time.time() + 5,) * 2)
+    changed = rows(output)[0]["score"]
+    result = predict(folder, *common)
+    assert "3 of 4 pictures were judged before" in result.output and rows(output)[0]["score"] != changed
+    assert {row["path"]: row["output"] for row in rows(output)} == kept
+    assert len(set(kept.values())) == 4
+
+
+def test_another_model_or_other_settings_do_not_mix(model: Path, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    common = (folder / "a.png", "--model", model, "--output", output)
+    predict(*common, folder / "sub" / "a.jpg")
+    result = predict(*common, "--threshold", 0.1)
+    assert result.exit_code == 2 and "another threshold" in result.output and "--overwrite" in result.output
+    assert len(rows(output)) == 2
+    result = predict(*common, "--threshold", 0.1, "--overwrite")
+    assert result.exit_code == 0 and [row["threshold"] for row in rows(output)] == [0.1]
+    assert [file.name for file in output.glob("*.png")] == ["a.png"]  # the other one is of no row any more
+
+
+def test_an_interrupted_run_keeps_what_is_done(
+    model: Path, folder: Path, tmp_path: Path, ctrl_c: Callable[[], None]
+) -> None:
+    for index in range(50):
+        (folder / f"{index:03d}.png").write_bytes((folder / "a.png").read_bytes())
+    output = tmp_path / "out"
+    wait = in_background(lambda: count_lines(output) > 2, ctrl_c)
+    result = predict(folder, "--model", model, "--output", output, "--batch-size", 1)
+    wait()
+    assert result.exit_code == 130 and "the same command goes on" in result.output, result.output
+    done = len(rows(output))
+    assert 2 < done < 54
+    result = predict(folder, "--model", model, "--output", output)
+    assert result.exit_code == 0 and f"{done} of 54 pictures were judged before" in result.output
+    assert len(rows(output)) == 54
+
+
+def test_watching_a_folder(model: Path, folder: Path, tmp_path: Path, ctrl_c: Callable[[], None]) -> None:
+    """Pictures that are there, one that comes, one that is written slowly; then Ctrl-C."""
+    output, late, slow = tmp_path / "out", folder / "late.png", folder / "slow.png"
+    content = (folder / "a.png").read_bytes()
+
+    def bring() -> None:
+        late.write_bytes(content)
+        with open(slow, "wb") as file:
+            for start in range(0, len(content), 1 + len(content) // 8):
+                file.write(content[start : start + 1 + len(content) // 8])
+                file.flush()
+                time.sleep(0.3)
+        wait_for(lambda: count_lines(output) >= 6)
+        ctrl_c()
+
+    wait = in_background(lambda: count_lines(output) >= 4, bring)
+    result = predict(folder, "--model", model, "--output", output, "--watch")
+    wait()
+    assert result.exit_code == 0, result.output
+    assert "6 judged" in result.output and "slow.png: 0." in result.output
+    assert {Path(row["path"]).name for row in rows(output)} >= {"late.png", "slow.png"}
+
+
+def test_only_what_is_completely_written_is_given(folder: Path) -> None:
+    looks = watch_folders([folder], seconds=0)
+
+    def look() -> list[str]:
+        return [source.place.name for source in next(looks)]
+
+    assert look() == [] and look() == ["a.png", "a.jpg", "b c.png", "ä.webp"] and look() == []
+    growing = folder / "growing.png"
+    for size in (10, 20):
+        growing.write_bytes(b"0" * size)
+        assert look() == []
+    assert look() == ["growing.png"] and look() == []
+    growing.write_bytes(b"0" * 30)
+    assert look() == [] and look() == ["growing.png"]
+
+
+def test_datasets_and_parquet(model: Path, folder: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    from datasets.table import embed_table_storage
+
+    pictures = sorted(str(file) for file in folder.rglob("*.*"))
+    columns = {"photo": [*pictures[:2], None], "number": [0, 1, 2]}
+    features = datasets.Features({"photo": datasets.Image(), "number": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict(columns, features=features)
+    parquet, output = tmp_path / "line.parquet", tmp_path / "out"
+    embedded = table.with_format("arrow").map(embed_table_storage, batched=True, keep_in_memory=True)
+    embedded.with_format(None).to_parquet(parquet)
+    common = ("--dataset", parquet, "--model", model, "--output", output)
+    result = predict(*common, "--image-column", "photo", "--parquet")
+    assert result.exit_code == 1 and "[2]: this row has no picture" in result.output, result.output
+    lines = rows(output)
+    assert [line["path"] for line in lines] == [f"{parquet}[train][{index}]" for index in range(3)]
+    pipe = DiffusionADPipeline.from_pretrained(model)
+    for line, picture in zip(lines[:2], pictures):
+        assert line["score"] == pytest.approx(float(pipe(Image.open(picture)).anomaly_scores[0]), abs=2e-6)
+        assert (output / f"{line['output']}.png").is_file()
+    stored = datasets.Dataset.from_parquet(str(output / "results.parquet"))
+    assert stored["path"] == [line["path"] for line in lines] and stored["score"][2] is None
+    result = predict(*common, "--image-column", "photo", "--parquet")
+    assert "2 of 3 pictures were judged before" in result.output
+
+    for flags, cause in (
+        ((), "has no column 'image': choose one of photo, number"),
+        (("--split", "nothing"), "has no split 'nothing': choose one of train"),
+        (("--image-column", "number"), "holds no pictures"),
+        ((folder,), "one of them"),
+        (("--watch",), "--watch takes folders"),
+    ):
+        result = predict(*flags, *common)
+        assert result.exit_code == 2 and cause in result.output and "Traceback" not in result.output, result.output
+    parquet.write_bytes(parquet.read_bytes()[:100])
+    result = predict(*common)
+    assert result.exit_code == 2 and "cannot be read as a dataset" in result.output
 
 
 @pytest.mark.parametrize(
@@ -132,11 +305,51 @@ def test_threshold_and_pixel_limit(model: Path, folder: Path, tmp_path: Path) ->
     ],
 )
 def test_output_names_tell_all_pictures_apart(files: list[str], names: list[str]) -> None:
-    assert list(output_names([Path(file) for file in files]).values()) == names
+    assert output_names([Path(file) for file in files]) == names
 
 
-def test_help_teaches() -> None:
-    result = runner.invoke(app, ["predict", "--help"])
-    assert result.exit_code == 0 and "Exit code" in result.output
+def test_output_names_that_are_given_stay_given() -> None:
+    assert output_names([Path("b/x.png")], ["x"]) == ["b_x"]
+    assert output_names([Path("x.png")], ["x", "x_png"]) == ["x_png_2"]
+    assert output_names([]) == []
+
+
+COMMANDS = [
+    "predict", "check-data", "preview-synthesis", "train", "evaluate", "calibrate", "info", "convert", "push", "space",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command: str) -> None:
+    """Every command shows at least one line that can be copied."""
+    result = runner.invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0 and f"diffusionad {command} " in result.output, result.output
+
+
+def test_the_installed_command_lists_all() -> None:
     script = Path(sys.executable).parent / "diffusionad"
-    assert subprocess.run([script, "--help"], capture_output=True, check=True).stdout
+    output = subprocess.run([script, "--help"], capture_output=True, check=True, text=True).stdout
+    assert all(command in output for command in COMMANDS)
+
+
+def count_lines(output: Path) -> int:
+    journal = output / "results.jsonl"
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def in_background(condition: Callable[[], bool], action: Callable[[], None]) -> Callable[[], None]:
+    """Do something beside the command once a condition holds; the result waits for its end."""
+
+    def run() -> None:
+        wait_for(condition)
+        action()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return lambda: thread.join(60)

@@ -1,16 +1,21 @@
-"""Validation of a pipeline on held-out good pictures with synthetic anomalies, and thresholds from them.
+"""Validation of a pipeline on held-out good pictures with synthetic anomalies, and thresholds from good pictures.
 
 Test pictures are never needed: what is chosen here is chosen on pictures that the model could have had to train on.
 """
 
+import json
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from .image_files import ImageFileError, write_atomically
 from .metrics import evaluate_maps, f1_max
+from .picture_sources import PictureSource
 from .pipeline_diffusionad import DiffusionADPipeline
 
 
@@ -30,6 +35,24 @@ class Validation(NamedTuple):
     pixel_threshold: float
     anomaly_maps: torch.Tensor
     reconstructions: torch.Tensor
+
+
+class Calibration(NamedTuple):
+    """Thresholds from good pictures alone.
+
+    Args:
+        image_threshold: as [`calibrate_image_threshold`] sets it.
+        pixel_threshold: as [`calibrate_pixel_threshold`] sets it.
+        picture_count: good pictures that they rest on.
+        false_positive_rate: α, which these are enough for.
+        failures: sentences on pictures that could not be read.
+    """
+
+    image_threshold: float
+    pixel_threshold: float
+    picture_count: int
+    false_positive_rate: float
+    failures: list[str]
 
 
 def split_held_out(count: int, fraction: float) -> torch.Tensor:
@@ -90,6 +113,80 @@ def calibrate_pixel_threshold(
     if share >= 0:
         return float(np.quantile(good, 1 - share, method="higher"))
     return max(float(np.quantile(good, 1 - false_positive_rate)), f1_max(masks.ravel(), maps.ravel())[1])
+
+
+def calibrate(
+    pipeline: DiffusionADPipeline,
+    sources: Sequence[PictureSource],
+    *,
+    batch_size: int = 8,
+    false_positive_rate: float = 0.01,
+    max_pixels: int = 100_000_000,
+) -> Calibration:
+    """Set both thresholds from good pictures that the pipeline was not trained on.
+
+    Both are computed at the model's size; enlarging a map to its picture's size raises none of its levels.
+
+    Args:
+        pipeline: in eval mode.
+        sources: the good pictures; of those that cannot be read, nothing but a sentence comes back.
+        batch_size: pictures in one pass of the networks.
+        false_positive_rate: α in (0, 1), of good pictures and of their pixels.
+        max_pixels: larger pictures are refused before they are decoded.
+
+    Returns:
+        [`Calibration`].
+
+    Raises:
+        ValueError: when there are too few pictures for α: fewer than 1 / α − 1 guarantee nothing.
+    """
+    _refuse_few(len(sources), false_positive_rate)
+    side = pipeline.config.image_size
+    failures: list[str] = []
+    maps: list[np.ndarray] = []
+    scores: list[float] = []
+    for start in range(0, len(sources), batch_size):
+        batch = []
+        for source in sources[start : start + batch_size]:
+            try:
+                batch.append(pipeline.image_processor.preprocess(source.read(max_pixels), side, side)[0])
+            except ImageFileError as error:
+                failures.append(str(error))
+            except ValueError as error:
+                failures.append(f"{source.name}: {error}")
+        if batch:
+            output = pipeline(torch.cat(batch), output_type="pt", batch_size=batch_size)
+            maps += list(output.anomaly_maps[:, 0].cpu().numpy())
+            scores += output.anomaly_scores.tolist()
+    _refuse_few(len(scores), false_positive_rate, len(failures))
+    labels, stacked = np.zeros(len(scores)), np.stack(maps)  # [N], [N, S, S]
+    return Calibration(
+        calibrate_image_threshold(np.array(scores), labels, false_positive_rate),
+        calibrate_pixel_threshold(stacked, np.zeros_like(stacked, dtype=bool), labels, false_positive_rate),
+        len(scores),
+        false_positive_rate,
+        failures,
+    )
+
+
+def store_thresholds(folder: str | os.PathLike[str], image_threshold: float, pixel_threshold: float) -> None:
+    """Write both thresholds into the `model_index.json` of a saved pipeline; all else stays as it is."""
+    path = Path(folder) / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    index |= {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"  # as diffusers writes it
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _refuse_few(count: int, false_positive_rate: float, failed: int = 0) -> None:
+    if smallest_rate(count) > false_positive_rate * (1 + 1e-9):
+        needed = math.ceil(1 / false_positive_rate - 1e-9) - 1
+        possible = math.ceil(1e4 * smallest_rate(count)) / 1e4
+        unreadable = f", besides {failed} that cannot be read," if failed else ""
+        raise ValueError(
+            f"{count} good pictures{unreadable} cannot promise a false-positive rate of {false_positive_rate:g}: "
+            f"give at least {needed}, or --false-positive-rate {possible:g} or more"
+        )
 
 
 def validate(

@@ -9,6 +9,8 @@ import io
 import json
 import logging
 import os
+import resource
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -26,8 +28,12 @@ from tqdm.auto import tqdm
 from .data import load_anomaly_dataset, read_mask
 from .image_files import ImageFileError, open_image, write_atomically
 from .image_processor import DiffusionADImageProcessor
-from .metrics import evaluate_maps, pr_points, pro_points, roc_points
+from .metrics import evaluate_maps, rank_pixels
+from .metrics_streaming import StreamingAnomalyMetrics
+from .operating_points import rank
 from .pipeline_diffusionad import DiffusionADPipeline
+from .prediction import fingerprint
+from .scored_pictures import check_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +51,7 @@ class Prediction(NamedTuple):
         reconstruction: `[S, S, 3]` uint8.
         size: (height, width) of the picture in pixels.
         seconds: its share of the time that its batch took in the pipeline.
+        memory: the most bytes that its process had held until then, of a GPU's memory where it ran on one.
     """
 
     score: float
@@ -52,6 +59,7 @@ class Prediction(NamedTuple):
     reconstruction: np.ndarray
     size: tuple[int, int]
     seconds: float
+    memory: int
 
 
 class CategoryResult(NamedTuple):
@@ -66,6 +74,7 @@ class CategoryResult(NamedTuple):
         unmasked: defective pictures without a usable mask, which the pixel metrics leave out.
         failures: sentences on pictures that could not be read.
         seconds: median time of a picture in the pipeline.
+        memory: the most bytes that a process held while predicting.
         roc: `"image"` and `"pixel"` → (false-positive rate, true-positive rate), thinned for drawing.
         precision_recall: the same → (recall, precision).
         pro: (false-positive rate, mean overlap of the regions).
@@ -78,6 +87,7 @@ class CategoryResult(NamedTuple):
     unmasked: int
     failures: list[str]
     seconds: float
+    memory: int
     roc: dict[str, Curve]
     precision_recall: dict[str, Curve]
     pro: Curve
@@ -204,18 +214,6 @@ def find_models(model: str | os.PathLike[str], categories: Sequence[str]) -> lis
     return [os.fspath(folder / name) for name in categories]
 
 
-def fingerprint(pipe: DiffusionADPipeline) -> str:
-    """A hash of a pipeline's weights and noise: predictions of equal ones are equal."""
-    digest = hashlib.sha256()
-    for network in (pipe.unet, pipe.segmentation):
-        for name, tensor in network.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    settings = {k: pipe.config[k] for k in ("image_size", "score_top_k", "noise_seed")}
-    digest.update(json.dumps([settings, dict(pipe.scheduler.config)], sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
 def predict_category(
     pipe: DiffusionADPipeline,
     pictures: TestPictures,
@@ -281,6 +279,7 @@ def predict_category(
                 reconstruction=(output.reconstructions[row].permute(1, 2, 0) * 255).round().byte().numpy(),
                 size=size,
                 seconds=seconds,
+                memory=peak_memory(pipe.device),
             )._asdict()
             write_atomically(_stored(folder, index), partial(np.savez, allow_pickle=False, **arrays))
 
@@ -295,7 +294,15 @@ def read_prediction(folder: Path, index: int) -> Prediction:
         reconstruction=values["reconstruction"],
         size=(int(values["size"][0]), int(values["size"][1])),
         seconds=float(values["seconds"]),
+        memory=int(values["memory"]),
     )
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of the GPU's memory where `device` is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure_category(
@@ -312,10 +319,12 @@ def measure_category(
         raise ValueError(f"{folder} has no predictions under the protocol {protocol}: give the model")
     threshold = settings["image_threshold"]
     processor = DiffusionADImageProcessor()
+    streaming = StreamingAnomalyMetrics() if method == "streaming" and protocol != "reference" else None
     rows: list[dict[str, Any]] = []
     maps: list[np.ndarray] = []
     masks: list[np.ndarray | None] = []
-    failures, seconds = [], []
+    failures, seconds, memory = [], [], 0
+    unmasked = 0
     for index, path in enumerate(pictures.paths):
         failure = _stored(folder, index).with_suffix(".txt")
         if failure.is_file():
@@ -332,35 +341,43 @@ def measure_category(
                 mask = _resize_mask(mask, size, eroded=protocol == "reference")
         else:
             anomaly_map = processor.resize_to(anomaly_map, [prediction.size])[0][None]
-        maps.append(anomaly_map[0, 0].numpy())
-        masks.append(mask)
         label, score = pictures.labels[index], prediction.score
+        if streaming is not None:
+            streaming.update(anomaly_map[0, 0], mask, score, label)
+        else:
+            maps.append(anomaly_map[0, 0].numpy())
+            masks.append(mask)
+        unmasked += mask is None
         decision = None if threshold is None else ("defective" if score > threshold else "good")
         rows.append(
             {"path": path, "defect_type": pictures.defect_types[index], "label": label, "score": score}
             | {"decision": decision, "index": index}
         )
         seconds.append(prediction.seconds)
+        memory = max(memory, prediction.memory)
     if not rows:
         raise ValueError(f"none of the {len(failures)} test pictures of {pictures.category} could be read")
-    scores, labels = np.array([row["score"] for row in rows]), np.array([row["label"] for row in rows])
-    metrics = evaluate_maps(maps, masks, scores, labels, method="reference" if protocol == "reference" else method)
+    scores, labels = np.array([row["score"] for row in rows]), np.array([row["label"] for row in rows], dtype=bool)
+    if streaming is not None:
+        metrics, pixels = streaming.compute(), streaming.operating_points()
+    else:
+        metrics = evaluate_maps(maps, masks, scores, labels, method="reference" if protocol == "reference" else "exact")
+        pixels = rank_pixels(check_pictures(maps, masks))
     if threshold is not None:
         metrics["right_decisions"] = float(((scores > threshold) == labels).mean())
-    marked = [(anomaly_map, mask) for anomaly_map, mask in zip(maps, masks) if mask is not None]
-    pixel_scores = np.concatenate([anomaly_map.ravel() for anomaly_map, _ in marked])
-    pixel_labels = np.concatenate([mask.ravel() for _, mask in marked])
+    points = {"image": rank(scores[labels], scores[~labels]), "pixel": pixels}
     return CategoryResult(
         category=pictures.category,
         metrics=metrics,
         image_threshold=threshold,
         rows=rows,
-        unmasked=len(masks) - len(marked),
+        unmasked=unmasked,
         failures=failures,
         seconds=float(np.median(seconds)),
-        roc={"image": roc_points(labels, scores), "pixel": roc_points(pixel_labels, pixel_scores)},
-        precision_recall={"image": pr_points(labels, scores), "pixel": pr_points(pixel_labels, pixel_scores)},
-        pro=pro_points(maps, masks),
+        memory=memory,
+        roc={name: its.roc_curve() for name, its in points.items()},
+        precision_recall={name: its.precision_recall_curve() for name, its in points.items()},
+        pro=pixels.pro_curve(),
     )
 
 

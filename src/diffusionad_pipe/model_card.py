@@ -1,8 +1,9 @@
-"""Fills model_card.md, the template of every trained model's README."""
+"""Fills model_card.md, the template of every model's README, and keeps it true after a measurement."""
 
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .calibration import smallest_rate
 from .image_files import write_atomically
-
-PACKAGE = Path(__file__).parent
-# Built packages carry the template beside the modules; a checkout has it at its top.
-TEMPLATE = next((p for p in (PACKAGE / "model_card.md", PACKAGE.parents[1] / "model_card.md") if p.is_file()), None)
+from .shipped_files import find_shipped
 
 NO_RESULTS = "Not measured on test pictures yet."
 
@@ -42,37 +40,28 @@ def write_model_card(
     hardware: str,
     validation: dict[str, float],
 ) -> None:
-    """Write `README.md` beside a saved pipeline, without results.
+    """Write `README.md` beside a pipeline that was trained here, without results.
 
     Args:
         folder: the pipeline's folder; its `model_index.json` holds the thresholds.
         config: the training configuration.
         picture_count: good pictures, held-out ones included.
         held_out_count: of them held out.
-        best_step: the step whose weights were kept.
+        best_step: the step whose weights were kept; its picture grid, if there is one, is shown.
         hours: that training took.
         hardware: that it ran on.
         validation: metrics of the kept weights on the held-out pictures, names of `METRIC_NAMES`.
     """
-    if TEMPLATE is None:
-        raise FileNotFoundError("model_card.md is missing beside the package: install diffusionad_pipe again")
-    folder = Path(folder)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    title = f"DiffusionAD, {folder.name}"
-    card_data = ModelCardData(
-        license=config["licence"],
-        library_name="diffusers",
-        pipeline_tag="image-segmentation",
-        tags=["anomaly-detection", "diffusionad", "diffusionad_pipe"],
-        model_name=title,
-    )
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(TEMPLATE),
-        title=title,
-        model_id=folder.name,
+    index = _read_index(folder)
+    dataset, samples = config["dataset_name"], f"samples/step-{best_step:07d}.png"
+    on_the_hub = dataset is not None and not Path(dataset).exists()
+    card = _fill(
+        folder,
+        Path(folder).absolute().name,
+        {"license": config["licence"], "datasets": [dataset] if on_the_hub else None},
         # The folder's name only: where it lay on the machine is nobody's business.
-        training_data=config["dataset_title"] or Path(config["train_data_dir"]).name,
+        training_data=config["dataset_title"]
+        or (dataset if on_the_hub else Path(config["train_data_dir"] or dataset).name),
         training_pictures=picture_count - held_out_count,
         held_out_pictures=held_out_count,
         config=config,
@@ -80,14 +69,81 @@ def write_model_card(
         hours=hours,
         hardware=hardware,
         validation={METRIC_NAMES[name]: value for name, value in validation.items()},
-        guaranteed=smallest_rate(held_out_count) <= config["false_positive_rate"],
-        smallest_rate=smallest_rate(held_out_count),
-        image_threshold=index["image_threshold"],
-        pixel_threshold=index["pixel_threshold"],
-        results=NO_RESULTS,
+        picture=samples if (Path(folder) / samples).is_file() else None,
+        thresholds=describe_thresholds(
+            index["image_threshold"],
+            index["pixel_threshold"],
+            f"{held_out_count} held-out good pictures",
+            held_out_count,
+            config["false_positive_rate"],
+        ),
         licence_note=config["licence_note"] or "The weights are under the licence of their training pictures.",
     )
-    write_atomically(folder / "README.md", lambda path: path.write_text(str(card), encoding="utf-8"))
+    _save(folder, card)
+
+
+def write_plain_card(folder: str | os.PathLike[str], origin: str, name: str | None = None) -> None:
+    """Write `README.md` beside a pipeline of which nobody here knows how it was trained.
+
+    Args:
+        folder: the pipeline's folder.
+        origin: sentences on where its weights are from.
+        name: of the model; None takes the folder's.
+    """
+    index = _read_index(folder)
+    thresholds = "None is set: the model gives scores and maps, and no decisions. `diffusionad calibrate` sets both."
+    if index.get("image_threshold") is not None and index.get("pixel_threshold") is not None:
+        thresholds = (
+            f"{index['image_threshold']:.4f} for the image score and {index['pixel_threshold']:.4f} for pixels. Where "
+            "they come from is not known here; `diffusionad calibrate` sets both anew."
+        )
+    note = "Not stated: ask for it where the weights come from."
+    name = name or Path(folder).absolute().name
+    _save(folder, _fill(folder, name, {}, config=None, origin=origin, thresholds=thresholds, licence_note=note))
+
+
+def describe_thresholds(image: float, pixel: float, pictures: str, count: int, false_positive_rate: float) -> str:
+    """What both thresholds promise, for a card.
+
+    Args:
+        image: threshold of the image score.
+        pixel: threshold of the map.
+        pictures: what they come from, such as `"100 good pictures"`.
+        count: how many these are.
+        false_positive_rate: α that they aim at.
+    """
+    text = (
+        f"{image:.4f} for the image score and {pixel:.4f} for pixels. They come from {pictures}, never from test "
+        "pictures. "
+    )
+    if smallest_rate(count) <= false_positive_rate * (1 + 1e-9):
+        return text + (
+            f"A new good picture of the same kind is called defective with a probability of at most "
+            f"{100 * false_positive_rate:g} % (split conformal prediction, on average over calibrations), and the same "
+            "share of a good picture's pixels is marked, on average."
+        )
+    return text + (
+        f"So few cannot promise fewer false alarms than {100 * smallest_rate(count):.0f} %: a good picture scores "
+        "above the highest of them that often, on average over models. Where that is higher, the threshold that "
+        "separates them best from synthetic anomalies was taken. Calibrate on "
+        f"{math.ceil(1 / false_positive_rate - 1e-9) - 1} good pictures or more (`diffusionad calibrate`) before you "
+        "rely on the decision."
+    )
+
+
+def write_thresholds(folder: str | os.PathLike[str], text: str) -> None:
+    """Replace the section "Thresholds" of a model card.
+
+    Args:
+        folder: the pipeline's folder with a `README.md`.
+        text: of [`describe_thresholds`].
+
+    Raises:
+        ValueError: when the card has no such section.
+    """
+    card = ModelCard.load(Path(folder) / "README.md", ignore_metadata_errors=True)
+    _replace_section(folder, card, "Thresholds", text)
+    _save(folder, card)
 
 
 def write_results(
@@ -104,17 +160,62 @@ def write_results(
     Raises:
         ValueError: when the card has no section "Results".
     """
-    path = Path(folder) / "README.md"
-    card = ModelCard.load(path)
-    before, heading, rest = card.text.partition("\n## Results\n")
-    _, next_heading, after = rest.partition("\n## ")
-    if not heading or not next_heading:
-        raise ValueError(f"{path} has no section 'Results' to fill: write the card again with the training script")
-    card.text = f"{before}{heading}\n{source}\n\n{table.strip()}\n{next_heading}{after}"
+    card = ModelCard.load(Path(folder) / "README.md")
+    _replace_section(folder, card, "Results", f"{source}\n\n{table.strip()}")
     card.data.eval_results = [
         EvalResult("image-segmentation", dataset, dataset, name, value, metric_name=METRIC_NAMES[name])
         for dataset, values in metrics.items()
         for name, value in values.items()
         if not math.isnan(value)
     ]
-    write_atomically(path, lambda temporary: temporary.write_text(str(card), encoding="utf-8"))
+    _save(folder, card)
+
+
+def address_card(text: str, repository: str) -> str:
+    """The text of a model card whose example loads the model from where it is published.
+
+    Args:
+        text: of a `README.md`.
+        repository: the Hub id, `user/model`.
+    """
+    return re.sub(r"""(DiffusionADPipeline\.from_pretrained\()(["']).*?\2""", rf'\g<1>"{repository}"', text)
+
+
+def _read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    return json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+
+
+def _fill(folder: str | os.PathLike[str], name: str, metadata: dict[str, Any], **values: Any) -> ModelCard:
+    title = f"DiffusionAD, {name}"
+    card_data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="image-segmentation",
+        tags=["anomaly-detection", "diffusionad", "diffusionad_pipe"],
+        model_name=title,
+        **metadata,
+    )
+    template = str(find_shipped("model_card.md"))
+    return ModelCard.from_template(
+        card_data,
+        template_path=template,
+        title=title,
+        model_id=name,
+        decides=_read_index(folder).get("image_threshold") is not None,
+        results=NO_RESULTS,
+        **values,
+    )
+
+
+def _replace_section(folder: str | os.PathLike[str], card: ModelCard, title: str, text: str) -> None:
+    before, heading, rest = card.text.partition(f"\n## {title}\n")
+    _, next_heading, after = rest.partition("\n## ")
+    if not heading or not next_heading:
+        raise ValueError(
+            f"{Path(folder) / 'README.md'} has no section {title!r} to fill: add a heading '## {title}' in it"
+        )
+    card.text = f"{before}{heading}\n{text}\n{next_heading}{after}"
+
+
+def _save(folder: str | os.PathLike[str], card: ModelCard) -> None:
+    text = re.sub("\n{3,}", "\n\n", str(card)).rstrip("\n") + "\n"  # what the template leaves out leaves gaps
+    write_atomically(Path(folder) / "README.md", lambda path: path.write_text(text, encoding="utf-8"))

@@ -111,8 +111,10 @@ def write_tables(results: Sequence[CategoryResult], output: Path, settings: dict
     rows = result_rows(results)
     columns = ["category", "good", "defective"] + [name for name in METRIC_NAMES if any(name in row for row in rows)]
     scores = [{"category": result.category} | row for result in results for row in result.rows]
+    measured = {r.category: {"seconds_per_picture": r.seconds, "peak_memory_bytes": r.memory} for r in results}
     # JSON has no NaN.
     plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
+    plain = [row | measured.get(str(row["category"]), {}) for row in plain]
     text = json.dumps({"settings": settings, "results": plain}, indent=1, ensure_ascii=False)
     write_atomically(output / "results.md", lambda path: path.write_text(markdown_table(results), encoding="utf-8"))
     write_atomically(output / "results.json", lambda path: path.write_text(text, encoding="utf-8"))

@@ -1,0 +1,204 @@
+"""The commands on a model's files: what it is, other formats, the Hub, a Space."""
+
+import os
+import shutil
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import HTTPError  # of the library that its version talks with
+from rich.table import Table
+
+from .console import USER_ERRORS, fail, needed_packages, output_console
+from .image_files import find_images, open_image
+from .model_card import write_plain_card
+from .model_summary import summarize
+from .picture_sources import find_files
+from .pipeline_diffusionad import DiffusionADPipeline
+from .publishing import push_model, push_space
+from .space_folder import write_space
+
+Model = Annotated[str, typer.Argument(help="Folder of a saved pipeline, or its id on the Hugging Face Hub.")]
+
+
+def info(model: Model) -> None:
+    """Say what a model is: its networks, thresholds, training data, licence and results.
+
+    \b
+    diffusionad info pretrained/hazelnut
+    diffusionad info user/model
+    """
+    try:
+        summary = summarize(model)
+    except USER_ERRORS as error:
+        fail(error)
+    table = Table.grid(padding=(0, 2))
+    for title, text in summary.items():
+        table.add_row(title, text)
+    output_console().print(table)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint of the authors' code, or a pipeline's folder or Hub id.")],
+    target: Annotated[Path, typer.Argument(help="The folder, or the file ending in .pt or .pth, to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Convert a checkpoint of the authors' code to a pipeline, or back, bit for bit.
+
+    The authors' format holds the paper's networks only, and no thresholds. Exit code: 0, or 2 for wrong usage.
+
+    \b
+    diffusionad convert params-last.pt models/screw
+    diffusionad convert models/screw params-last.pt
+    """
+    to_file = target.suffix in (".pt", ".pth")
+    temporary = target.with_name(f".{target.name}.writing")
+    try:
+        if target.exists() and not overwrite:
+            raise ValueError(f"{target} is there already: choose another name, or --overwrite it")
+        if overwrite and target.exists() and target.is_dir() and not (target / "model_index.json").is_file():
+            raise ValueError(f"{target} is no pipeline, so it is not overwritten: choose another name")
+        if to_file == (Path(source).suffix in (".pt", ".pth")):
+            raise ValueError(
+                f"{source} and {target}: one must be a file ending in .pt or .pth, of the authors' code, the other "
+                "a pipeline"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if to_file:
+            DiffusionADPipeline.from_pretrained(source).save_single_file(target)
+        else:
+            DiffusionADPipeline.from_single_file(source).save_pretrained(temporary)
+            origin = f"It was converted from `{Path(source).name}`, a checkpoint of the authors' code."
+            write_plain_card(temporary, origin, name=target.absolute().name)
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+    except USER_ERRORS as error:
+        fail(error)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    hint = "" if to_file else "; it has no thresholds yet: diffusionad calibrate sets them"
+    output_console().print(f"wrote {target}{hint}")
+
+
+class ExportFormat(StrEnum):
+    """What runs the exported file."""
+
+    onnx = "onnx"
+    openvino = "openvino"
+    torch = "torch"
+
+
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="The file: .onnx, .xml for openvino, .pt2 for torch.")],
+    format: Annotated[ExportFormat, typer.Option(help="For ONNX Runtime, OpenVINO or torch.")] = ExportFormat.onnx,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize to 8 bits; needs --calibration.")] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder of good pictures that the ranges for --int8 are taken from.")
+    ] = None,
+    calibration_count: Annotated[int, typer.Option(min=1, help="How many of them at most.")] = 100,
+    licence: Annotated[str | None, typer.Option(help="Of the weights. Default: what the model card says.")] = None,
+) -> None:
+    """Write the whole detector, from picture to map and score, as one file that runs without torch.
+
+    Thresholds, sizes and licence are in its metadata; `diffusionad_pipe.exported.ExportedDetector` runs it. Says how
+    far its map and score are from the pipeline's on one picture. Exit code: 0, or 2 for wrong usage.
+
+    \b
+    diffusionad export runs/mine --output detector.onnx
+    diffusionad export runs/mine --format openvino --output detector.xml --int8 --calibration good_pictures
+    """
+    with needed_packages("export"):
+        from .export import export_detector, stated_licence
+        from .exported import to_rgb_uint8
+    try:
+        if int8 and calibration is None:
+            raise ValueError("--int8 needs --calibration: a folder with good pictures, those you trained on will do")
+        pictures = []
+        if calibration is not None:
+            # Spread over the folder: its first pictures may all be from one day.
+            files = find_images(calibration)
+            chosen = files[:: -(-len(files) // calibration_count)]
+            pictures = [to_rgb_uint8(open_image(file)) for file in chosen]
+        diffusers_logging.disable_progress_bar()
+        pipe = DiffusionADPipeline.from_pretrained(model)
+        pipe.set_progress_bar_config(disable=True)
+        with needed_packages("export"):  # each format imports its own
+            result = export_detector(
+                pipe,
+                output,
+                format.value,
+                int8=int8,
+                calibration=pictures,
+                licence=licence or stated_licence(model),
+                name=Path(model).name,
+            )
+    except USER_ERRORS as error:
+        fail(error)
+    output_console().print(
+        f"{result.path} ({result.metadata['precision']}); on one picture its map differs from the pipeline's by at "
+        f"most {result.map_difference:.2g}, its score by {result.score_difference:.2g}"
+    )
+
+
+def push(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved pipeline.")],
+    repository: Annotated[str, typer.Argument(help="Where to: user/model, or a name for your own account.")],
+    space: Annotated[
+        bool, typer.Option("--space", help="Also make a Space of the same name where everybody can try the model.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Only you can see what is made new.")] = False,
+) -> None:
+    """Publish a model on the Hugging Face Hub: weights, thresholds, model card, configuration and pictures.
+
+    Log in with `hf auth login` first. Exit code: 0, 1 if the Hub refuses, 2 for wrong usage.
+
+    \b
+    diffusionad push runs/mine user/model
+    diffusionad push runs/mine user/model --space
+    """
+    console = output_console()
+    try:
+        published = push_model(model, repository, private=private)
+        console.print(f'published: DiffusionADPipeline.from_pretrained("{published}")')
+        if "\nlicense:" not in (model / "README.md").read_text(encoding="utf-8"):
+            console.print(f"hint: add a line `license: ...` to the head of {model / 'README.md'}, and push again")
+        if space:
+            console.print(f"and its Space: {push_space(model, published, published, private=private)}")
+    except ValueError as error:
+        fail(error)
+    except (OSError, HTTPError) as error:  # of the Hub too
+        fail(f"{repository} was not published ({_first_line(error)}): log in with hf auth login, and check the name", 1)
+
+
+def space(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="The folder to make.")],
+    examples: Annotated[
+        list[str] | None,
+        typer.Option(help="Pictures to try the model on: files, folders or quoted patterns; the first six are taken."),
+    ] = None,
+) -> None:
+    """Make a folder that is a web page for this model, here or as a Hugging Face Space.
+
+    `pip install -r requirements.txt` and `python app.py` start it anywhere. Exit code: 0, or 2 for wrong usage.
+
+    \b
+    diffusionad space runs/mine --output my_space --examples new_pictures
+    """
+    try:
+        pictures = [source.place for source in find_files(examples or [])]
+        write_space(model, output, examples=pictures)
+    except USER_ERRORS as error:
+        fail(error)
+    console = output_console()
+    console.print(f"start it with: python {output / 'app.py'}")
+    if not examples:
+        console.print("hint: the page offers hazelnuts to try; give pictures of your own with --examples")
+
+
+def _first_line(error: object) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

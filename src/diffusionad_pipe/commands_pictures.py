@@ -1,0 +1,365 @@
+"""The commands that show pictures to a model: predict, evaluate, calibrate."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from accelerate import PartialState
+from diffusers.utils import logging as diffusers_logging
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .calibration import calibrate as calibrate_pipeline
+from .calibration import store_thresholds
+from .console import USER_ERRORS, fail, needed_packages, output_console
+from .model_card import describe_thresholds, write_thresholds
+from .picture_sources import PictureSource, find_files, find_rows, watch_folders
+from .pipeline_diffusionad import DiffusionADPipeline
+from .prediction import Drawings, MapFormat, fingerprint, judge
+from .prediction_folder import PredictionFolder, Row
+
+HIGHEST_SHOWN_ROWS = 60
+STYLES = {"defective": "bold red", "good": "green", None: ""}
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... Default: a GPU if there is one.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures in one pass of the networks.")]
+MaxPixels = Annotated[int, typer.Option(min=1, help="Refuse larger pictures before decoding.")]
+
+
+class Protocol(StrEnum):
+    """How test pictures and masks are prepared, see `evaluation.evaluate`."""
+
+    exact = "exact"
+    reference = "reference"
+
+
+class Method(StrEnum):
+    """How metrics are computed, see `metrics.evaluate_maps`."""
+
+    exact = "exact"
+    streaming = "streaming"
+
+
+def predict(
+    model: Annotated[str, typer.Option(help="Folder of a saved pipeline, or its id on the Hugging Face Hub.")],
+    output: Annotated[Path, typer.Option(help="Folder for drawings, results.csv and results.jsonl.")],
+    pictures: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help='Files, folders, quoted patterns such as "line_3/*.png", or - for paths on standard input.'
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Instead of pictures: a dataset's Hub id, a Parquet file, or a folder of them.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of the dataset. Default: test, or the only one.")] = None,
+    image_column: Annotated[str, typer.Option(help="Of the dataset.")] = "image",
+    threshold: Annotated[
+        float | None, typer.Option(help="Defective above this score, 0 to 1. Default: the model's own.")
+    ] = None,
+    pixel_threshold: Annotated[
+        float | None, typer.Option(help="The same for a pixel: for contours and masks. Default: the model's own.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    panels: Annotated[
+        bool, typer.Option("--panels", help="Draw picture, reconstruction and heatmap side by side.")
+    ] = False,
+    maps: Annotated[MapFormat | None, typer.Option(help="Also store the anomaly maps.")] = None,
+    masks: Annotated[bool, typer.Option("--masks", help="Also store which pixels are defective.")] = False,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Write the table as results.parquet too.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Then wait for new pictures in the folders; Ctrl-C ends.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Forget results of other settings in --output.")
+    ] = False,
+    fail_on_defect: Annotated[
+        bool, typer.Option("--fail-on-defect", help="Exit code 3 when a picture is defective.")
+    ] = False,
+    device: Device = None,
+    max_pixels: MaxPixels = 100_000_000,
+) -> None:
+    """Find defects in pictures.
+
+    Writes a drawing for each picture, and one table. A picture that cannot be read is reported and skipped. The same
+    command again goes on after an interruption: what was judged with this model and these settings, and has not
+    changed since, is skipped.
+
+    Exit code: 0 if every picture was judged, 1 if one could not be, 2 for wrong usage, 3 with --fail-on-defect if all
+    were judged and one is defective, 130 after Ctrl-C.
+
+    \b
+    diffusionad predict photo.jpg pictures --model runs/mine --output results --panels
+    find . -name "*.png" -newer mark | diffusionad predict - --model runs/mine --output results
+    diffusionad predict --dataset user/pictures --split test --model runs/mine --output results --parquet
+    diffusionad predict incoming --watch --model runs/mine --output results
+    """
+    console = output_console()
+    diffusers_logging.disable_progress_bar()
+    try:
+        sources = _find_sources(pictures or [], dataset, split, image_column, watch)
+        pipe = _load(model, device)
+        thresholds = {"image_threshold": threshold, "pixel_threshold": pixel_threshold}
+        pipe.register_to_config(**{name: value for name, value in thresholds.items() if value is not None})
+        if fail_on_defect and pipe.config.image_threshold is None:
+            raise ValueError(f"{model} has no threshold to decide by: calibrate it, or give --threshold")
+        if masks and pipe.config.pixel_threshold is None:
+            raise ValueError(f"{model} has no pixel threshold for masks: calibrate it, or give --pixel-threshold")
+        settings = {
+            "model": fingerprint(pipe), "threshold": pipe.config.image_threshold,
+            "pixel-threshold": pipe.config.pixel_threshold, "panels": panels, "maps": maps, "masks": masks,
+        }  # fmt: skip
+        folder = PredictionFolder(output, settings, overwrite)
+    except USER_ERRORS as error:
+        fail(error)
+
+    drawings = Drawings(panels, maps, masks, max_pixels)
+    # What lies in the output folder was drawn here, and is no picture to judge.
+    own = output.resolve()
+    rounds: Iterable[list[PictureSource]] = (
+        watch_folders([Path(name) for name in pictures or []]) if watch else [sources]
+    )
+    asked_for: dict[str, None] = {}
+    interrupted = False
+    try:
+        for found in rounds:
+            found = [s for s in found if s.file is None or own not in s.file.resolve().parents]
+            asked_for |= dict.fromkeys(source.name for source in found)
+            todo = [source for source in found if not folder.is_judged(source)]
+            if len(todo) < len(found):
+                console.print(
+                    f"{len(found) - len(todo)} of {len(found)} pictures were judged before with this model and these "
+                    "settings, and are skipped"
+                )
+            if todo:
+                _judge_all(pipe, todo, folder, drawings, batch_size, console, each=watch)
+            if watch and todo:
+                folder.write_tables(parquet)
+    except KeyboardInterrupt:
+        interrupted = True
+    except torch.OutOfMemoryError:
+        fail("out of memory: lower --batch-size; what was judged is kept, and the same command goes on", 1)
+    except USER_ERRORS as error:
+        fail(error, 1)
+    finally:  # what is done is written, whatever happened
+        folder.write_tables(parquet)
+
+    rows = [folder.rows[name] for name in asked_for if name in folder.rows]
+    _print_table(rows, output, console)
+    if interrupted and not watch:
+        console.print(f"interrupted: {len(rows)} of {len(asked_for)} pictures are done; the same command goes on")
+        raise typer.Exit(130)
+    if any(row["error"] for row in rows):
+        raise typer.Exit(1)
+    if fail_on_defect and any(row["decision"] == "defective" for row in rows):
+        raise typer.Exit(3)
+
+
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Folder of a dataset, or of one category of it.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a saved pipeline, its id on the Hugging Face Hub, or a folder with one for each category. "
+            "Without it the metrics are computed anew from the predictions in --output."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for predictions, tables and the report.")] = Path("evaluation"),
+    category: Annotated[str | None, typer.Option(help='One category, or "all", where --data holds several.')] = None,
+    protocol: Annotated[
+        Protocol, typer.Option(help="exact, or reference: resizing, masks, scores and PRO as in the authors' code.")
+    ] = Protocol.exact,
+    method: Annotated[
+        Method, typer.Option(help="exact metrics, or streaming: with bounded errors, in little memory.")
+    ] = Method.exact,
+    at_model_size: Annotated[
+        bool, typer.Option("--at-model-size", help="Compare at the model's size, not at the pictures' own.")
+    ] = False,
+    num_noise_samples: Annotated[int, typer.Option(min=1, help="Noises that a prediction is the mean of.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one pass of the networks.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... Default: a GPU if there is one.")] = None,
+    report: Annotated[bool, typer.Option(help="Also write report.html, to look at.")] = True,
+    model_card: Annotated[
+        bool, typer.Option("--model-card", help="Put the results into the README.md of the model's folder.")
+    ] = False,
+) -> None:
+    """Measure a model on the test pictures of a dataset.
+
+    Prints a table with each category, and writes it with the score of every picture and a report. Predictions are
+    kept, so that an interrupted evaluation goes on. `accelerate launch training/evaluate.py` takes the same options
+    and shares the work among processes. Exit code: 0, 1 if a picture could not be read, 2 for wrong usage.
+
+    \b
+    diffusionad evaluate --model runs/mine --data datasets/screw
+    diffusionad evaluate --model runs --data datasets --category all
+    """
+    with needed_packages():
+        from . import evaluation, results_table
+        from .evaluation_report import write_evaluation_report
+    diffusers_logging.disable_progress_bar()
+    console = output_console()
+    settings = {
+        "model": model, "data": data.name, "protocol": protocol.value, "method": method.value,
+        "at_model_size": at_model_size, "num_noise_samples": num_noise_samples, "batch_size": batch_size,
+    }  # fmt: skip
+    try:
+        results = evaluation.evaluate(
+            model,
+            data,
+            output,
+            category=category,
+            protocol=protocol.value,
+            method=method.value,
+            at_model_size=at_model_size,
+            num_noise_samples=num_noise_samples,
+            batch_size=batch_size,
+            device=device,
+        )
+        if not results:  # another process computes the metrics
+            return
+        results_table.write_tables(results, output, settings)
+        console.print(results_table.markdown_table(results))
+        if report:
+            write_evaluation_report(results, data, category, output, settings)
+        if model_card:
+            size = "the model's size" if at_model_size or protocol is Protocol.reference else "the pictures' own size"
+            results_table.write_into_cards(results, model, data.name, f"protocol {protocol.value}, at {size}")
+    except USER_ERRORS as error:
+        fail(error)
+    for result in results:
+        if result.unmasked:
+            console.print(
+                f"{result.category}: {result.unmasked} of {len(result.rows)} pictures are defective without a usable "
+                "mask: not in the pixel metrics"
+            )
+        console.print(
+            f"{result.category}: {result.seconds:.3f} s a picture in the pipeline (median), at most "
+            f"{result.memory / 2**20:.0f} MiB of memory"
+        )
+        for failure in result.failures:
+            console.print(f"not judged: {failure}", style="yellow")
+    console.print(f"tables{' and report.html' if report else ''} are in {output}")
+    if any(result.failures for result in results):
+        raise typer.Exit(1)
+
+
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved pipeline.")],
+    pictures: Annotated[list[str], typer.Argument(help="Good pictures: files, folders or quoted patterns.")],
+    false_positive_rate: Annotated[
+        float, typer.Option(help="Share of good pictures that may be called defective, between 0 and 1.")
+    ] = 0.01,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    max_pixels: MaxPixels = 100_000_000,
+) -> None:
+    """Set both thresholds of a model from good pictures that it was not trained on.
+
+    They go into the model's folder, and into its card. With n pictures a rate of 1 / (n + 1) can be promised: 1 % takes
+    99 of them. Exit code: 0, 1 if a picture could not be read, 2 for wrong usage or too few pictures.
+
+    \b
+    diffusionad calibrate runs/mine more_good_pictures --false-positive-rate 0.02
+    """
+    console = output_console()
+    diffusers_logging.disable_progress_bar()
+    try:
+        if not 0 < false_positive_rate < 1:
+            raise ValueError(f"--false-positive-rate {false_positive_rate:g} must lie between 0 and 1, such as 0.01")
+        if not model.is_dir():
+            raise ValueError(f"{model} is no folder: thresholds are written into a pipeline's folder, so download it")
+        result = calibrate_pipeline(
+            _load(str(model), device),
+            find_files(pictures),
+            batch_size=batch_size,
+            false_positive_rate=false_positive_rate,
+            max_pixels=max_pixels,
+        )
+        for failure in result.failures:
+            console.print(f"left out: {failure}", style="yellow")
+        store_thresholds(model, result.image_threshold, result.pixel_threshold)
+        count = result.picture_count
+        text = describe_thresholds(
+            result.image_threshold, result.pixel_threshold, f"{count} good pictures", count, false_positive_rate
+        )
+        console.print(f"{model}: {text}")
+        try:
+            write_thresholds(model, text)
+        except (FileNotFoundError, ValueError) as error:
+            console.print(f"hint: its model card does not say so: {error}", style="yellow")
+    except USER_ERRORS as error:
+        fail(error)
+    if result.failures:
+        raise typer.Exit(1)
+
+
+def _find_sources(
+    pictures: Sequence[str], dataset: str | None, split: str | None, image_column: str, watch: bool
+) -> list[PictureSource]:
+    if bool(pictures) == bool(dataset):
+        raise ValueError("give pictures, or --dataset: one of them")
+    if watch:
+        others = [name for name in pictures if not Path(name).is_dir()]
+        if others or dataset:
+            raise ValueError(f"--watch takes folders: {dataset or others[0]} is none")
+        return []
+    if dataset:
+        with needed_packages():
+            return find_rows(dataset, split, image_column)
+    return find_files(pictures, sys.stdin)
+
+
+def _load(model: str, device: str | None) -> DiffusionADPipeline:
+    pipe = DiffusionADPipeline.from_pretrained(model).to(device or PartialState().device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _judge_all(
+    pipe: DiffusionADPipeline,
+    sources: Sequence[PictureSource],
+    folder: PredictionFolder,
+    drawings: Drawings,
+    batch_size: int,
+    console: Console,
+    each: bool,
+) -> None:
+    """Judge pictures batch by batch; with `each` a line is printed for every one."""
+    names = folder.name_outputs(sources)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=each) as progress:
+        task = progress.add_task("predicting", total=len(sources))
+        for start in range(0, len(sources), batch_size):
+            batch = sources[start : start + batch_size]
+            rows = judge(pipe, batch, names, folder.folder, drawings)
+            folder.add(rows)
+            progress.update(task, advance=len(batch))
+            for row in rows if each else ():
+                verdict = row["error"] or f"{row['path']}: {row['score']:.4f} {row['decision'] or 'no threshold'}"
+                console.print(verdict, style="yellow" if row["error"] else STYLES[row["decision"]])
+
+
+def _print_table(rows: Sequence[Row], output: Path, console: Console) -> None:
+    """The table a person reads: worst first, errors last."""
+    table = Table("picture", "score", "verdict", box=None, pad_edge=False)
+    judged = sorted((row for row in rows if row["score"] is not None), key=lambda row: -row["score"])
+    for row in judged[:HIGHEST_SHOWN_ROWS]:
+        table.add_row(
+            row["path"], f"{row['score']:.4f}", row["decision"] or "no threshold", style=STYLES[row["decision"]]
+        )
+    console.print(table)
+    if len(judged) > HIGHEST_SHOWN_ROWS:
+        console.print(f"... and {len(judged) - HIGHEST_SHOWN_ROWS} more, in the tables below")
+    for row in rows:
+        if row["error"]:
+            console.print(f"not judged: {row['error']}", style="yellow")
+    defective = sum(row["decision"] == "defective" for row in judged)
+    failed = sum(row["error"] is not None for row in rows)
+    console.print(
+        f"{len(judged)} judged, {defective} defective, {failed} with errors; drawings and tables are in {output}"
+    )

@@ -1,0 +1,119 @@
+"""Every command in README.md works: run here on tiny real data, or where `ELSEWHERE` says."""
+
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import HubServer
+from PIL import Image
+from test_training import ENVIRONMENT, HAZELNUT, ROOT, TINY
+from training_config import parse_arguments
+from typer.testing import CliRunner
+
+from diffusionad_pipe import DiffusionADPipeline, open_image
+from diffusionad_pipe.cli import app
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall("```python\n(.*?)```", README, re.DOTALL)
+# How a command begins -> the file that runs it, and what stands there.
+ELSEWHERE = {
+    "make demo": (".ci/run", "make demo"),
+    "make test": (".ci/run", "make test"),
+    "make space": ("tests/test_space.py", "app.py"),
+    "pip install": ("Makefile", "pip install"),
+    "accelerate launch training/evaluate.py": ("tests/test_evaluation.py", "accelerate.commands.launch"),
+    "accelerate launch training/train.py": ("tests/test_training.py", "accelerate.commands.launch"),
+    "python app.py": ("tests/test_wheel.py", "app.py"),
+    "hf auth login": ("README.md", "hf auth login"),  # needs an account
+}
+
+
+def commands() -> list[str]:
+    """The lines of the README's shell blocks, and commands in its sentences; what only names a command is none."""
+    blocks = re.findall("```bash\n(.*?)```", README, re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`((?:make|python|pip install|hf|accelerate launch|diffusionad) [^`]*)`", README)
+    without = {"diffusionad convert", "diffusionad --help", "diffusionad train --help"}
+    return list(dict.fromkeys(line for line in [*lines, *inline] if line and line not in without))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like the one that a reader of the README works in."""
+    for name in ("pretrained", "training", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    good = sorted((HAZELNUT / "train" / "good").iterdir())
+    bad = sorted((HAZELNUT / "test" / "colour").iterdir())
+    folders = {
+        "my_good_pictures": good[:6], "more_good_pictures": good[6:26], "new_pictures": [*good[26:], *bad[:2]],
+        "DATASET/train/good": good[:2], "DATASET/test/good": good[2:4], "DATASET/test/colour": bad[:2],
+        "DATASET/ground_truth/colour": [HAZELNUT / "ground_truth" / "colour" / f"{file.stem}.png" for file in bad[:2]],
+    }  # fmt: skip
+    for folder, files in folders.items():
+        (tmp_path / folder).mkdir(parents=True)
+        for index, file in enumerate(files):
+            name = f"{file.stem}.png" if "DATASET" in folder else f"{index:02d}.png"
+            open_image(file).resize((64, 64), Image.Resampling.NEAREST).save(tmp_path / folder / name)
+    shutil.copy(bad[0], tmp_path / "photo.jpg")
+    tiny = TINY | {"max_train_steps": 2, "validation_steps": 2, "output_dir": "runs/mine", "small_timestep": 10,
+                   "large_timestep": 20}  # fmt: skip
+    del tiny["train_data_dir"]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *arguments = shlex.split(command)
+    if program == "make":  # what it would do, in small
+        recipe = subprocess.run(
+            ["make", "--dry-run", "--old-file=.venv/installed", *arguments], cwd=ROOT, capture_output=True, text=True
+        ).stdout.replace("\\\n", " ")
+        recipe = recipe[recipe.rindex(".venv/bin/") + len(".venv/bin/") :].strip()
+        if "train.py" in recipe:
+            config = parse_arguments(shlex.split(recipe.partition("train.py ")[2]), None)
+            assert config.max_train_steps > 0
+            return
+        small = {"pretrained/hazelnut": "runs/mine", "training/data/hazelnut_toy/hazelnut": "DATASET"}
+        for name, tiny in small.items():
+            recipe = recipe.replace(name, tiny)
+        program, *arguments = shlex.split(recipe)
+    if program == "python":
+        monkeypatch.setattr(sys, "argv", [*arguments, "--model", "runs/mine", "--pictures", "new_pictures"])
+        runpy.run_path(arguments[0], run_name="__main__")
+    elif arguments[0] == "train":
+        line = [sys.executable, "-m", "diffusionad_pipe.cli", *arguments, "--config", "tiny.yaml"]
+        done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    else:
+        assert program == "diffusionad", f"nothing here runs: {command}"
+        result = CliRunner().invoke(app, arguments)
+        # The pictures of the little data set are nothing that check-data warns of.
+        assert result.exit_code == 0, (command, result.output, result.exception)
+
+
+def test_every_command_runs(place: Path, hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in commands():
+        if where := next((where for start, where in ELSEWHERE.items() if command.startswith(start)), None):
+            assert where[1] in (ROOT / where[0]).read_text(encoding="utf-8"), command
+        else:
+            run(command, monkeypatch)
+    assert {path.name for path in (place / "results_mine").glob("*.png")} == {f"{index:02d}.png" for index in range(4)}
+    assert DiffusionADPipeline.from_pretrained("user/model").config.image_threshold is not None
+    assert (place / "my_space" / "app.py").is_file() and (place / "maps" / "results.parquet").is_file()
+    names: dict[str, object] = {}
+    for code in PYTHON:  # in order, after the commands: they use what those have made
+        exec(compile(code, "README.md", "exec"), names)
+
+
+def test_the_lines_of_python_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(PYTHON[0], "README.md", "exec"), {})
+    score, decision = capsys.readouterr().out.split()
+    assert 0 < float(score) < 1 and decision == "True"
+    assert Image.open("map.png").size == (512, 512)
