@@ -1,10 +1,14 @@
-"""A page that shows where a picture is defective, for Hugging Face Spaces or `python spaces_demo/app.py`."""
+"""A page that shows where pictures are defective, for Hugging Face Spaces or `python spaces_demo/app.py`."""
 
+import math
 import os
+import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 try:
     from spaces import GPU  # on ZeroGPU only, where it must come before torch
@@ -15,95 +19,245 @@ except ImportError:
 
 
 import gradio as gr
-import torch
+from batch import MAX_PICTURES, Batch, BatchRow, examine_batch, to_csv
+from detection import (
+    MAX_NOISE_SAMPLES,
+    Detection,
+    Settings,
+    decide,
+    draw_heatmap,
+    judge,
+    run_model,
+    write_files,
+)
+from gradio.processing_utils import save_pil_to_cache
+from model_menu import load_model, read_menu, read_model_card
 
-from diffusionad_pipe import DiffusionADPipeline, open_image
 from diffusionad_pipe.image_processor import COLOUR_SCALE
 
 HERE = Path(__file__).parent
 EXAMPLES = sorted(map(str, HERE.glob("examples/*.jpg")))
-MAX_PIXELS = 24_000_000  # a phone's picture fits
-MAX_SHOWN_SIDE = 768
-MAX_NOISE_SAMPLES = 8
+MAX_UPLOAD_MB = 100  # of one file; a single picture has a limit of its own
+MAX_WAITING = 20  # visitors in the queue
+MAX_VISITORS = 200  # whose last result is kept in memory, about 4 MB each
+MAX_SHOWN_REGIONS = 50
+THUMBNAIL_SIDE = 240
+KEEP_SECONDS = int(os.environ.get("DIFFUSIONAD_KEEP_SECONDS", "1800"))  # pictures and results
 
-# Inside a Space's own folder, or beside spaces_demo in a checkout.
-FOLDERS = [parent / "pretrained" / "hazelnut" for parent in (HERE, HERE.parent)]
-MODEL = os.environ.get("DIFFUSIONAD_MODEL") or next((f for f in FOLDERS if f.is_dir()), None)
-if MODEL is None:
-    raise SystemExit("there is no model: set DIFFUSIONAD_MODEL to the folder or the Hub id of one")
-pipe = DiffusionADPipeline.from_pretrained(MODEL).to("cuda" if torch.cuda.is_available() else "cpu")
-pipe.set_progress_bar_config(disable=True)
+try:
+    MENU = read_menu((HERE, HERE.parent), os.environ)  # a Space's own folder, or beside spaces_demo in a checkout
+    DEFAULT = next(iter(MENU))
+    default_pipe = load_model(DEFAULT, MENU[DEFAULT])
+except ValueError as error:
+    raise SystemExit(str(error)) from error
+MODEL_IN_USE = threading.Lock()  # one picture at a time, so that a long batch and single pictures take turns
 
 
-def decide(score: float | None, threshold: float) -> dict[str, str | float | None]:
-    """Compare the score of the last picture with a threshold, without another run of the model.
+def get_model(name: str):
+    """The pipeline of that name.
 
-    Args:
-        score: in [0, 1]; None before the first picture.
-        threshold: in [0, 1]; 0 makes no decision.
-
-    Returns:
-        A dictionary of verdict ("Defective", "Looks good", "Not decided" or "No result yet"), explanation,
-        score and threshold.
+    Raises:
+        gr.Error: when it is not in the menu or cannot be loaded.
     """
-    if score is None:
-        verdict, explanation = "No result yet", "Choose an example, or a picture of your own."
-    elif not threshold:
-        verdict, explanation = "Not decided", f"Score {score:.3f}. No threshold is set: see Advanced."
-    elif score > threshold:
-        verdict, explanation = "Defective", f"Score {score:.3f}, above the threshold of {threshold:.3f}."
-    else:
-        verdict, explanation = "Looks good", f"Score {score:.3f}, not above the threshold of {threshold:.3f}."
-    return {"verdict": verdict, "explanation": explanation, "score": score, "threshold": threshold or None}
+    if name not in MENU:
+        raise sentence(f"{name} is not among the models here; choose one of {', '.join(MENU)}")
+    try:
+        return load_model(name, MENU[name])
+    except ValueError as error:
+        raise sentence(error) from error
+
+
+def sentence(error: object) -> gr.Error:
+    """What went wrong, for the visitor; the log needs no traceback of it."""
+    return gr.Error(str(error), print_exception=False)
+
+
+def read_settings(image_threshold: Any, pixel_threshold: Any, *settings: Any) -> tuple[float, float, Settings]:
+    """Numbers from the page, or from anyone who calls the API.
+
+    Raises:
+        gr.Error: for anything that is not a number in its range.
+    """
+    # The pipeline checks the noise scales: how many there are depends on the model.
+    ranges = ((0, 1), (0, 1), (-math.inf, math.inf), (-math.inf, math.inf), (0, 5), (1, math.inf))
+    labels = ("Decision threshold", "Mask threshold", *(label for label, *_ in SETTINGS))
+    for label, value, (low, high) in zip(labels, (image_threshold, pixel_threshold, *settings), ranges):
+        if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+            raise sentence(f"{label}: {value!r} cannot be used; give a number from {low} to {high}")
+    small, large, guidance, samples = settings
+    checked = Settings(int(small), int(large), float(guidance), int(samples))
+    return float(image_threshold), float(pixel_threshold), checked
 
 
 @GPU
-def detect(picture, threshold, small_timestep, large_timestep, guidance_scale, num_noise_samples):
+def examine(model: str, path: str, name: str, settings: Settings) -> Detection:
+    """Run a model of the menu on a picture file, see `detection.run_model`."""
+    pipe = get_model(model)
+    with MODEL_IN_USE:
+        return run_model(pipe, model, path, name, settings)
+
+
+def detect(picture, model, image_threshold, pixel_threshold, *settings):
     """Find the defects in a picture.
 
     Args:
-        picture: a PNG, JPEG, WebP, TIFF or BMP file of at most 20 MB.
-        threshold: the picture is defective when its score is above; 0 makes no decision.
-        small_timestep: the small noise scale.
-        large_timestep: the large noise scale, above the small one.
-        guidance_scale: weight of the reconstruction from the large scale.
-        num_noise_samples: noises to average over, 1 to 8.
+        picture: a PNG, JPEG, WebP, TIFF or BMP file of at most 20 MB and 24 megapixels.
+        model: a name from the menu.
+        image_threshold: the picture is defective when its score is above; 0 makes no decision.
+        pixel_threshold: pixels above are marked; 0 marks none.
+        settings: see `detection.Settings`.
 
     Returns:
-        A dictionary of verdict, explanation, score and threshold; picture and heatmap; picture and
-        reconstruction.
+        The detection, a dictionary of verdict, explanation, score and threshold; picture and heatmap; picture and
+        reconstruction; the picture with the defects' contours; their table.
     """
     if picture is None:
-        return decide(None, threshold), None, None, None
-    path = picture["path"]
+        return NOTHING
+    image_threshold, pixel_threshold, settings = read_settings(image_threshold, pixel_threshold, *settings)
+    pipe = get_model(model)
     try:
-        if num_noise_samples > MAX_NOISE_SAMPLES:
-            raise ValueError(f"at most {MAX_NOISE_SAMPLES} noise samples are taken here")
-        image = open_image(path, max_pixels=MAX_PIXELS)
-        output = pipe(
-            image,
-            small_timestep=int(small_timestep),
-            large_timestep=int(large_timestep),
-            guidance_scale=float(guidance_scale),
-            num_noise_samples=int(num_noise_samples),
-            output_type="pt",
-        )
+        detection = examine(model, picture["path"], picture.get("orig_name") or "picture", settings)
     except ValueError as error:
-        # Nobody needs a path of the server.
-        raise gr.Error(str(error).removeprefix(f"{path}: "), print_exception=False) from error
+        raise sentence(error) from error
+    verdict, regions, contours = judge(pipe, detection, image_threshold, pixel_threshold)
+    sliders = (detection.shown, draw_heatmap(pipe, detection)), (detection.shown, detection.reconstruction)
+    return detection, verdict, *sliders, contours, tabulate(regions, detection)
 
-    # A slider needs two pictures of one size, and a page no more pixels than it shows.
-    height, width = output.anomaly_maps.shape[-2:]
-    scale = min(1, MAX_SHOWN_SIDE / max(height, width))
-    size = max(8, round(height * scale)), max(8, round(width * scale))
-    processor = pipe.image_processor
-    pixels, _ = processor.preprocess(image, *size)  # [1, 3, h, w]
-    anomaly_map = processor.resize_to(output.anomaly_maps, [size])[0].clamp(0, 1)  # [1, h, w]
-    shown = processor.postprocess(pixels, "pil")[0]
-    heatmap = processor.visualize_anomaly_map(shown, anomaly_map, opacity=0.8)
-    reconstruction = processor.postprocess(output.reconstructions, "pil", [size])[0]
-    score = output.anomaly_scores.item()
-    return decide(score, threshold), score, (shown, heatmap), (shown, reconstruction)
+
+def judge_again(detection: Detection | None, image_threshold, pixel_threshold):
+    """Judge the last picture by other thresholds, without another run of the model.
+
+    Args:
+        detection: the visitor's last one.
+        image_threshold: see [`detect`].
+        pixel_threshold: see [`detect`].
+
+    Returns:
+        The verdict, the picture with the contours, and the table of the regions.
+    """
+    image_threshold, pixel_threshold, _ = read_settings(image_threshold, pixel_threshold, *DEFAULT_SETTINGS)
+    if detection is None:
+        return decide(None, image_threshold), None, []
+    verdict, regions, picture = judge(get_model(detection.model), detection, image_threshold, pixel_threshold)
+    return verdict, picture, tabulate(regions, detection)
+
+
+def tabulate(regions, detection: Detection) -> list[list[Any]]:
+    """Rows of number, area in pixels and in percent, peak, and box."""
+    pixels = detection.size[0] * detection.size[1]
+    rows = []
+    for number, (area, peak, (left, top, right, bottom)) in enumerate(regions[:MAX_SHOWN_REGIONS], 1):
+        box = f"{left}, {top}, {right - left} × {bottom - top}"
+        rows.append([number, area, round(100 * area / pixels, 2), round(peak, 3), box])
+    return rows
+
+
+def choose_region(detection: Detection | None, pixel_threshold, event: gr.SelectData):
+    """Frame the region of the table's row that was clicked."""
+    if detection is None:
+        return None
+    return judge(get_model(detection.model), detection, 0, pixel_threshold, int(event.row_value[0])).picture
+
+
+def explain(detection: Detection | None):
+    """The five pictures between the last picture and its reconstruction: at both noise scales, the predictions from
+    both, and the guided one."""
+    return [None] * 5 if detection is None else detection.steps
+
+
+def save_files(detection: Detection | None, image_threshold, pixel_threshold) -> list[str]:
+    """Write overlay (PNG), anomaly map (16-bit PNG) and numbers (JSON) of the last picture, at its own size."""
+    image_threshold, pixel_threshold, _ = read_settings(image_threshold, pixel_threshold, *DEFAULT_SETTINGS)
+    if detection is None:
+        raise sentence("there is no result yet; choose a picture first")
+    try:
+        folder = Path(files.GRADIO_CACHE)
+        return write_files(get_model(detection.model), detection, image_threshold, pixel_threshold, folder)
+    except ValueError as error:
+        raise sentence(error) from error
+
+
+def detect_batch(uploads, model, image_threshold, pixel_threshold, *settings):
+    """Examine many pictures, one after another.
+
+    Args:
+        uploads: pictures and zip archives of pictures.
+        model: see [`detect`], as all that follow.
+
+    Yields:
+        The batch; how far it is; the table of results; the gallery; the table of what could not be examined.
+    """
+    if not uploads:
+        raise sentence("there are no pictures; choose some, or a zip archive of them")
+    image_threshold, pixel_threshold, settings = read_settings(image_threshold, pixel_threshold, *settings)
+    pipe = get_model(model)
+
+    def examine_one(path: str, name: str) -> BatchRow:
+        detection = examine(model, path, name, settings)
+        verdict, regions, _ = judge(pipe, detection, image_threshold, pixel_threshold)
+        heatmap = draw_heatmap(pipe, detection)
+        heatmap.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        marked = 100 * sum(region.area for region in regions) / (detection.size[0] * detection.size[1])
+        thumbnail = save_pil_to_cache(heatmap, gallery.GRADIO_CACHE, format="webp")
+        score, threshold = verdict["score"], verdict["threshold"]
+        return BatchRow(name, verdict["verdict"], score, threshold, len(regions), round(marked, 3), thumbnail)
+
+    named = [(upload["path"], upload.get("orig_name") or Path(upload["path"]).name) for upload in uploads]
+    for batch in examine_batch(named, examine_one):
+        done = len(batch.rows) + len(batch.problems)
+        defective = sum(row.verdict == "Defective" for row in batch.rows)
+        told = f"{done} of {batch.total} done: {len(batch.rows)} examined, {defective} of them defective"
+        told += f", {len(batch.problems)} not examined." if batch.problems else "."
+        told += f" {batch.stopped.capitalize()}." if batch.stopped else ""
+        yield batch, told, tabulate_batch(batch), sort_gallery(batch, ORDERS[0]), list(map(list, batch.problems))
+
+
+def tabulate_batch(batch: Batch) -> list[list[Any]]:
+    """Rows of name, verdict, score, number of regions and percentage of pixels marked."""
+    return [[r.name, r.verdict, round(r.score, 4), r.regions, round(r.marked_percent, 2)] for r in batch.rows]
+
+
+def sort_gallery(batch: Batch | None, order: str) -> list[tuple[str, str]]:
+    """The pictures of a batch with captions, in one of `ORDERS`."""
+    rows = batch.rows if batch else []
+    if order == ORDERS[2]:
+        rows = sorted(rows, key=lambda row: row.name)
+    else:
+        rows = sorted(rows, key=lambda row: row.score, reverse=order == ORDERS[0])
+    return [(row.thumbnail, f"{row.verdict}, {row.score:.3f}: {row.name}") for row in rows]
+
+
+def save_csv(batch: Batch | None) -> str:
+    """Write the last batch as CSV with the columns of `batch.COLUMNS`."""
+    if batch is None:
+        raise sentence("there is no batch yet; examine some pictures first")
+    path = Path(csv_file.GRADIO_CACHE, uuid.uuid4().hex, "results.csv")
+    path.parent.mkdir(parents=True)
+    path.write_text(to_csv(batch), encoding="utf-8")
+    return str(path)
+
+
+def choose_model(model: str):
+    """Load another model of the menu.
+
+    Returns:
+        Its thresholds and settings for the controls, and its model card.
+    """
+    pipe = get_model(model)
+    config, scheduler = pipe.config, pipe.scheduler.config
+    last = len(pipe.scheduler) - 1
+    return (
+        round(config.image_threshold or 0, 4),
+        round(config.pixel_threshold or 0, 4),
+        gr.update(value=scheduler.small_timestep, maximum=last),
+        gr.update(value=scheduler.large_timestep, maximum=last),
+        scheduler.guidance_scale,
+        card_of(model),
+    )
+
+
+def card_of(model: str) -> str:
+    return read_model_card(MENU[model]) or f"The model {model} has no model card."
 
 
 INTRODUCTION = """# Find the defect
@@ -111,85 +265,221 @@ DiffusionAD has seen good parts only: it rebuilds your picture as a good part wo
 two really differ."""
 
 # The browser fills in the values of `decide`; style.css draws the result.
-VERDICT = """<div class="verdict ${value.verdict.split(' ')[0].toLowerCase()}">
+VERDICT = """<div class="verdict ${value.verdict.split(' ')[0].toLowerCase()}" role="status">
 <h2>${value.verdict}</h2>
 <p>${value.explanation}</p>
 <div style="--score: ${value.score ?? 0}; --threshold: ${value.threshold ?? -1}"><i></i><b></b></div>
 </div>"""
 
-LEGEND = f"""<div class="legend"><span>normal 0</span>
+LEGEND = f"""<div class="legend" role="img" aria-label="Colours from dark blue, normal, 0, to light pink, anomalous, 1">
+<span>normal 0</span>
 <i style="background: linear-gradient(90deg, {", ".join("#" + c for c in COLOUR_SCALE.split())})"></i>
 <span>1 anomalous</span></div>"""
 
-config, last = pipe.scheduler.config, len(pipe.scheduler) - 1
-SETTINGS = (  # label, explanation, minimum, maximum, value, step
-    ("Small noise scale", "Keeps details; more hides more of a defect.", 0, last, config.small_timestep, 1),
-    ("Large noise scale", "Hides defects wholly; above the small one.", 0, last, config.large_timestep, 1),
-    ("Guidance weight", "How much the large scale corrects the small.", 0, 5, config.guidance_scale, 0.1),
-    ("Noise samples", "Averages over this many: steadier, but slower.", 1, MAX_NOISE_SAMPLES, 1, 1),
+config, last = default_pipe.scheduler.config, len(default_pipe.scheduler) - 1
+SETTINGS: tuple[tuple[str, str, float, float, float], ...] = (  # label, explanation, minimum, maximum, step
+    ("Small noise scale", "Keeps details; more hides more of a defect.", 0, last, 1),
+    ("Large noise scale", "Hides defects wholly; above the small one.", 0, last, 1),
+    ("Guidance weight", "How much the large scale corrects the small.", 0, 5, 0.1),
+    ("Noise samples", "Averages over this many: steadier, but slower.", 1, MAX_NOISE_SAMPLES, 1),
+)
+DEFAULT_SETTINGS = (config.small_timestep, config.large_timestep, config.guidance_scale, 1)
+
+STEP_LABELS = (
+    ("Small noise", "A little noise: most of a defect still shows through."),
+    ("Large noise", "Much noise: it hides the defect, and the detail with it."),
+    ("From small noise", "What the UNet predicts from it in one step: detailed, but it may keep more of the defect."),
+    ("From large noise", "The same from much noise: coarser, and the further from the defect the better."),
+    ("Guided", "The coarse one corrects the detailed one. The second network compares this with your picture."),
 )
 
-with gr.Blocks(title="DiffusionAD", delete_cache=(600, 1800)) as demo:
-    gr.Markdown(INTRODUCTION)
-    score = gr.State()
-    with gr.Row():
-        with gr.Column(scale=2, min_width=320):
-            picture = gr.Image(label="Picture", sources=["upload", "clipboard", "webcam"], height=340)
-            button = gr.Button("Detect", variant="primary")
-            examples = gr.Examples(EXAMPLES, picture, cache_examples=False)
-            with gr.Accordion("Advanced", open=False):
-                threshold = gr.Slider(
-                    maximum=1,
-                    value=round(pipe.config.image_threshold or 0, 4),
-                    step=0.0001,
-                    label="Decision threshold",
-                    info="A picture is defective when its score is above; 0 makes no decision.",
-                )
-                gr.Markdown("The next press of Detect takes these:")
-                settings = [
-                    gr.Slider(low, high, value, step=step, label=label, info=explanation)
-                    for label, explanation, low, high, value, step in SETTINGS
-                ]
-        with gr.Column(scale=4, min_width=320):
-            nothing = decide(None, 0)
-            verdict = gr.HTML(nothing, html_template=VERDICT, js_on_load=None, container=True)
-            with gr.Row():
-                with gr.Column(min_width=300):
-                    heatmap = gr.ImageSlider(label="Picture | heatmap", format="png")
-                    gr.HTML(LEGEND)
-                with gr.Column(min_width=300):
-                    reconstruction = gr.ImageSlider(label="Picture | reconstruction", format="png")
+BUTTONS = ["fullscreen", "download"]  # and none that shares a picture with another site
+ORDERS = ("Highest score first", "Lowest score first", "By name")
 
-    results = [verdict, score, heatmap, reconstruction]
-    detection: dict[str, Any] = {
+NOTHING: tuple[Any, ...] = None, decide(None, 0), None, None, None, []
+
+with gr.Blocks(title="DiffusionAD", delete_cache=(max(KEEP_SECONDS // 6, 1), KEEP_SECONDS)) as demo:
+    gr.Markdown(INTRODUCTION)
+    detection = gr.State(time_to_live=KEEP_SECONDS)
+    batch = gr.State(time_to_live=KEEP_SECONDS)
+    model = gr.Dropdown(
+        list(MENU), value=DEFAULT, label="Model", info="Each knows one kind of part.", visible=len(MENU) > 1
+    )
+    with gr.Tabs():
+        with gr.Tab("One picture"), gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                picture = gr.Image(label="Picture", sources=["upload", "clipboard", "webcam"], height=340)
+                button = gr.Button("Detect", variant="primary")
+                examples = gr.Examples(EXAMPLES, picture, cache_examples=False)
+                with gr.Accordion("Advanced", open=False):
+                    thresholds = [
+                        gr.Slider(0, 1, round(value or 0, 4), step=0.0001, label=label, info=explanation)
+                        for label, explanation, value in (
+                            (
+                                "Decision threshold",
+                                "A picture is defective when its score is above; 0 makes no decision.",
+                                default_pipe.config.image_threshold,
+                            ),
+                            (
+                                "Mask threshold",
+                                "Pixels of the heatmap above it are marked; 0 marks none.",
+                                default_pipe.config.pixel_threshold,
+                            ),
+                        )
+                    ]
+                    gr.Markdown("The next press of Detect takes these:")
+                    settings = [
+                        gr.Slider(low, high, value, step=step, label=label, info=explanation)
+                        for (label, explanation, low, high, step), value in zip(SETTINGS, DEFAULT_SETTINGS)
+                    ]
+            with gr.Column(scale=4, min_width=320):
+                verdict = gr.HTML(NOTHING[1], html_template=VERDICT, js_on_load=None, container=True)
+                with gr.Row():
+                    with gr.Column(min_width=300):
+                        heatmap = gr.ImageSlider(label="Picture | heatmap", format="png")
+                        gr.HTML(LEGEND)
+                    with gr.Column(min_width=300):
+                        reconstruction = gr.ImageSlider(label="Picture | reconstruction", format="png")
+                with gr.Row():
+                    with gr.Column(min_width=300):
+                        contours = gr.Image(
+                            label="Contours of the defects", format="png", interactive=False, buttons=BUTTONS
+                        )
+                    with gr.Column(min_width=300):
+                        regions = gr.Dataframe(
+                            headers=["no.", "px", "%", "peak", "x, y, w × h"],
+                            datatype=["number", "number", "number", "number", "str"],
+                            column_widths=["13%", "20%", "16%", "18%", "33%"],
+                            label="Defect regions; click on one to frame it",
+                            interactive=False,
+                            max_height=300,
+                            wrap=True,
+                            buttons=[],
+                            elem_classes="regions",
+                        )
+                        save = gr.Button("Make files to download", size="sm")
+                        files = gr.Files(label="Overlay, 16-bit map, numbers", interactive=False, height=150)
+        with gr.Tab("Many pictures"):
+            gr.Markdown(
+                f"Up to {MAX_PICTURES} pictures or zip archives of pictures, {MAX_UPLOAD_MB} MB a file. "
+                "The model, the thresholds and the settings are those of the first tab."
+            )
+            uploads = gr.File(label="Pictures or zip archives", file_count="multiple", height=160)
+            with gr.Row():
+                start = gr.Button("Examine all", variant="primary")
+                cancel = gr.Button("Cancel", variant="stop")
+            progress = gr.Textbox(label="Progress", value="Nothing to do yet.", interactive=False)
+            table = gr.Dataframe(
+                headers=["name", "verdict", "score", "regions", "marked, %"],
+                datatype=["str", "str", "number", "number", "number"],
+                label="Results; click on a column's name to sort",
+                interactive=False,
+                max_height=400,
+            )
+            problems = gr.Dataframe(
+                headers=["name", "reason"], label="Not examined", interactive=False, max_height=300, wrap=True
+            )
+            save_table = gr.Button("Make a CSV file of the results", size="sm")
+            csv_file = gr.File(label="CSV", interactive=False, height=90)
+            order = gr.Dropdown(ORDERS, value=ORDERS[0], label="Order of the gallery")
+            gallery = gr.Gallery(label="Heatmaps", columns=4, height="auto", fit_columns=False, buttons=BUTTONS)
+        with gr.Tab("How it works") as steps_tab:
+            gr.Markdown(
+                "What happened to your last picture between the upload and the verdict. A defect is hidden by "
+                "noise, and the network, which has learnt what good parts look like, takes the noise away."
+            )
+            with gr.Row():
+                steps = []
+                for label, explanation in STEP_LABELS:
+                    with gr.Column(min_width=200):
+                        steps.append(gr.Image(label=label, format="png", interactive=False, buttons=BUTTONS))
+                        gr.Markdown(explanation)
+        with gr.Tab("Learn"):
+            gr.Markdown((HERE / "learn.md").read_text(encoding="utf-8"))
+            with gr.Accordion("The model card", open=True):
+                card = gr.Markdown(card_of(DEFAULT))
+
+    inputs = [model, *thresholds, *settings]
+    results = [detection, verdict, heatmap, reconstruction, contours, regions]
+    detecting: dict[str, Any] = {
         "fn": detect,
-        "inputs": [picture, threshold, *settings],
+        "inputs": [picture, *inputs],
         "outputs": results,
         "preprocess": False,  # Gradio cannot say what is wrong with a file, and saturates 16-bit pictures
-        "concurrency_limit": 1,
+        "concurrency_limit": 2,  # one reads and draws while the other's model runs
         "trigger_mode": "always_last",
     }
     # Input is an upload, a snapshot or a removal; an example is none. For `change`, an upload counts twice.
     for event in (
-        gr.on([button.click, picture.input], **detection, api_name="detect"),
-        examples.load_input_event.then(**detection, api_visibility="private"),
+        gr.on([button.click, picture.input], **detecting, api_name="detect"),
+        examples.load_input_event.then(**detecting, api_visibility="private"),
     ):
         # After an error, the verdict on the picture before must not stand beside this one.
-        event.failure(lambda: (nothing, None, None, None), outputs=results, api_visibility="private")
-    threshold.change(decide, [score, threshold], verdict, api_name="decide", show_progress="hidden")
+        event.failure(lambda: NOTHING, outputs=results, api_visibility="private")
+        event.then(lambda: None, outputs=files, api_visibility="private")
+    gr.on(
+        [threshold.change for threshold in thresholds],
+        judge_again,
+        [detection, *thresholds],
+        [verdict, contours, regions],
+        api_name="decide",
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
+    regions.select(
+        choose_region, [detection, thresholds[1]], contours, api_visibility="private", show_progress="hidden"
+    )
+    save.click(save_files, [detection, *thresholds], files, api_name="files")
+    steps_tab.select(explain, detection, steps, api_name="explain")
 
-demo.queue(max_size=20)
+    examining = start.click(
+        detect_batch,
+        [uploads, *inputs],
+        [batch, progress, table, gallery, problems],
+        preprocess=False,
+        concurrency_limit=2,
+        show_progress="minimal",
+        show_progress_on=progress,
+        api_name="batch",
+    )
+    start.click(lambda: (ORDERS[0], None), outputs=[order, csv_file], api_visibility="private")
+    cancel.click(
+        lambda text: f"{text} Cancelled; what is done is below.",
+        progress,
+        progress,
+        cancels=examining,
+        api_visibility="private",
+    )
+    order.input(sort_gallery, [batch, order], gallery, api_visibility="private")
+    save_table.click(save_csv, batch, csv_file, api_name="batch_csv")
+
+    chosen = model.input(
+        choose_model, model, [*thresholds, *settings[:3], card], api_name="choose_model", preprocess=False
+    )
+    chosen.then(lambda: NOTHING, outputs=results, api_visibility="private")
+
+demo.queue(max_size=MAX_WAITING)
 
 if __name__ == "__main__":
     # Fonts that the visitor's system has: none is downloaded.
     theme = gr.themes.Default(
         primary_hue="indigo", neutral_hue="slate", font=("system-ui", "sans-serif"), font_mono="monospace"
     )
-    demo.launch(
-        theme=theme,
-        css_paths=HERE / "style.css",
-        max_file_size="20mb",
-        enable_monitoring=False,
-        footer_links=["api", "settings"],
-        run_history=False,
-    )
+    # Gradio takes the variable for the first of a hundred ports to try. Who names a port wants that one.
+    port = os.environ.get("GRADIO_SERVER_PORT")
+    try:
+        demo.launch(
+            server_port=int(port) if port else None,
+            theme=theme,
+            css_paths=HERE / "style.css",
+            head_paths=HERE / "head.html",
+            max_file_size=f"{MAX_UPLOAD_MB}mb",
+            state_session_capacity=MAX_VISITORS,
+            enable_monitoring=False,
+            footer_links=["api", "settings"],
+            run_history=False,
+        )
+    except OSError as error:
+        if "empty port" not in str(error):
+            raise
+        raise SystemExit(f"port {port or '7860 to 7959'} is in use: set GRADIO_SERVER_PORT to another one") from error

@@ -1,82 +1,48 @@
-"""The Gradio app as its visitors meet it: a server with a tiny real model, called over the network."""
+"""The Space's endpoints, called over the network with a tiny real model."""
 
-import os
-import socket
+import json
+import shutil
 import subprocess
 import sys
-import time
+import zipfile
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from space_server import APP, EXAMPLES, ROOT, START_SECONDS, environment, save_model, serve
 
-from diffusionad_pipe import (
-    DiffusionADPipeline,
-    DiffusionADUNet2DModel,
-    NormGuidedOneStepScheduler,
-    SegmentationUNet2DModel,
-)
+from diffusionad_pipe import DiffusionADPipeline, open_image
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install diffusionad_pipe[demo]")
 
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-ROOT = Path(__file__).parents[1]
-APP = ROOT / "spaces_demo" / "app.py"
-EXAMPLE = ROOT / "spaces_demo" / "examples" / "hazelnut_defective_1.jpg"
-START_SECONDS = 120  # on a busy machine; it takes about 10
-
-
-def save_model(folder: Path, image_threshold: float | None) -> Path:
-    torch.manual_seed(0)
-    blocks = {"block_out_channels": (32, 64), "attention": (False, True)}
-    unet = DiffusionADUNet2DModel(sample_size=64, patch_size=4, **blocks)
-    segmentation = SegmentationUNet2DModel(base_channels=8, norm_type="group")
-    scheduler = NormGuidedOneStepScheduler(prediction_type="sample")
-    pipe = DiffusionADPipeline(
-        unet.eval(), segmentation.eval(), scheduler, image_size=64, image_threshold=image_threshold
-    )
-    pipe.save_pretrained(folder)
-    return folder
+EXAMPLE = EXAMPLES / "hazelnut_defective_1.jpg"
+ENDPOINTS = {"/detect", "/decide", "/files", "/explain", "/batch", "/batch_csv", "/choose_model"}
+DEFAULTS = (0.4, 0.5, 200, 400, 1, 1)  # thresholds and settings of the tiny model
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of the app with a tiny model whose threshold is 0.4."""
-    folder = tmp_path_factory.mktemp("space")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "DIFFUSIONAD_MODEL": str(save_model(folder / "model", image_threshold=0.4)),
-        "GRADIO_SERVER_NAME": "127.0.0.1",
-        "GRADIO_SERVER_PORT": str(port),
-        "GRADIO_TEMP_DIR": str(folder / "uploads"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    log = folder / "log.txt"
-    with log.open("w") as file:
-        command = [sys.executable, APP]
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
-    try:
-        for _ in range(10 * START_SECONDS):
-            with socket.socket() as connection:
-                if connection.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        else:
-            pytest.fail(f"the app did not start in {START_SECONDS} s: {log.read_text()}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("space")
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """The address of the app, in a folder of its own as a Space is, with three models more than its own."""
+    space = folder / "space"
+    shutil.copytree(APP.parent, space, ignore=shutil.ignore_patterns("__pycache__"))
+    model = save_model(space / "pretrained" / "tiny")
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n![p](http://elsewhere/p.png)Not trained.")
+    undecided = save_model(folder / "elsewhere" / "undecided", image_threshold=None, pixel_threshold=None)
+    pickled = Path(shutil.copytree(undecided, folder / "elsewhere" / "pickled"))
+    weights = pickled / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with serve(folder, space / "app.py", DIFFUSIONAD_MODELS=f"{undecided}, {pickled},user/missing") as address:
+        yield address
 
 
 @pytest.fixture
@@ -90,61 +56,210 @@ def client(server, tmp_path):
     )
 
 
-def test_detect_answers_with_a_verdict_and_two_pairs_of_pictures(client):
-    verdict, heatmap, reconstruction = client.predict(handle_file(EXAMPLE), api_name="/detect")
+def test_detect_answers_with_a_verdict_pictures_and_regions(client):
+    verdict, heatmap, reconstruction, contours, regions = client.predict(handle_file(EXAMPLE), api_name="/detect")
     assert set(verdict) == {"verdict", "explanation", "score", "threshold"}
     assert 0 <= verdict["score"] <= 1 and verdict["threshold"] == 0.4
     assert verdict["verdict"] == ("Defective" if verdict["score"] > 0.4 else "Looks good")
     assert f"{verdict['score']:.3f}" in verdict["explanation"]
-    for pair in (heatmap, reconstruction):
-        assert [Image.open(path).size for path in pair] == [(512, 512)] * 2
-        assert [Image.open(path).format for path in pair] == ["PNG"] * 2
+    for path in (*heatmap, *reconstruction, contours):
+        assert Image.open(path).size == (512, 512) and Image.open(path).format == "PNG"
+    assert regions["headers"] == ["no.", "px", "%", "peak", "x, y, w × h"]
 
 
-def test_detect_is_the_pipeline_and_its_settings_reach_it(client, server, tmp_path):
-    pipe = DiffusionADPipeline.from_pretrained(save_model(tmp_path / "model", image_threshold=0.4))
+def test_detect_is_the_pipeline_and_its_settings_reach_it(client, folder):
+    pipe = DiffusionADPipeline.from_pretrained(folder / "space" / "pretrained" / "tiny")
     settings = {"small_timestep": 100, "large_timestep": 300, "guidance_scale": 0.5, "num_noise_samples": 2}
     expected = pipe(Image.open(EXAMPLE), **settings).anomaly_scores[0]
-    verdict, *_ = client.predict(handle_file(EXAMPLE), 0.4, *settings.values(), api_name="/detect")
+    verdict, *_ = client.predict(handle_file(EXAMPLE), "tiny", 0.4, 0.5, *settings.values(), api_name="/detect")
     assert verdict["score"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_another_threshold_changes_the_verdict_on_the_same_score(client):
+def test_other_thresholds_change_verdict_and_mask_on_the_same_score(client):
     score = client.predict(handle_file(EXAMPLE), api_name="/detect")[0]["score"]
-    decisions = [client.predict(t, api_name="/decide") for t in (0.9 * score, score, 1.1 * score, 0)]
-    verdicts = [decision["verdict"] for decision in decisions]
-    assert verdicts == ["Defective", "Looks good", "Looks good", "Not decided"]
-    assert [decision["score"] for decision in decisions] == [score] * 4
+    answers = [client.predict(t, m, api_name="/decide") for t, m in ((0.9 * score, 0.01), (score, 1), (0, 0))]
+    assert [verdict["verdict"] for verdict, *_ in answers] == ["Defective", "Looks good", "Not decided"]
+    assert [verdict["score"] for verdict, *_ in answers] == [score] * 3
+    tables = [table["data"] for *_, table in answers]
+    assert tables[0] == [[1, 512 * 512, 100, pytest.approx(score, abs=0.3), "0, 0, 512 × 512"]]
+    assert [row for table in tables[1:] for row in table if any(row)] == []
 
 
 def test_no_picture_is_no_result(client):
-    verdict, heatmap, reconstruction = client.predict(None, api_name="/detect")
-    assert verdict["verdict"] == "No result yet" and heatmap is None and reconstruction is None
+    verdict, *pictures, _ = client.predict(None, api_name="/detect")
+    assert verdict["verdict"] == "No result yet" and pictures == [None, None, None]
+    assert client.predict(0.5, 0.5, api_name="/decide")[0]["verdict"] == "No result yet"
+    assert client.predict(api_name="/explain") == (None,) * 5
+    for endpoint, arguments in (("/files", (0.5, 0.5)), ("/batch_csv", ()), ("/batch", (None, "tiny", *DEFAULTS))):
+        with pytest.raises(AppError, match="there (is|are) no"):
+            client.predict(*arguments, api_name=endpoint)
+
+
+def test_two_visitors_get_their_own_results(client, server, tmp_path):
+    good = Image.open(EXAMPLES / "hazelnut_good_1.jpg").resize((300, 200))
+    good.save(tmp_path / "good.png")
+    other = Client(server, verbose=False, analytics_enabled=False, download_files=tmp_path / "other")
+    one = client.submit(handle_file(EXAMPLE), api_name="/detect")
+    two = other.submit(handle_file(tmp_path / "good.png"), api_name="/detect")
+    scores = [job.result()[0]["score"] for job in (one, two)]
+    assert scores[0] != scores[1]
+    for visitor, score, size in ((client, scores[0], (512, 512)), (other, scores[1], (300, 200))):
+        verdict, picture, _ = visitor.predict(0.5, 0.5, api_name="/decide")
+        assert verdict["score"] == score and Image.open(picture).size == size
+
+
+def test_files_are_those_of_the_pipeline(client, folder, tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (150, 220, 3), dtype=np.uint8)).save(tmp_path / "my part.png")
+    client.predict(handle_file(tmp_path / "my part.png"), api_name="/detect")
+    overlay, anomaly_map, report = client.predict(0.4, 0.45, api_name="/files")
+    assert Path(overlay).name.endswith("_overlay.png") and Image.open(overlay).size == (220, 150)
+    pipe = DiffusionADPipeline.from_pretrained(folder / "space" / "pretrained" / "tiny", pixel_threshold=0.45)
+    expected = pipe(open_image(tmp_path / "my part.png"), output_type="np")
+    stored = np.asarray(Image.open(anomaly_map))
+    assert stored.dtype == np.uint16
+    np.testing.assert_allclose(stored / 65535, expected.anomaly_maps[0, ..., 0], atol=1e-4)
+    numbers = json.loads(Path(report).read_text())
+    assert numbers["score"] == pytest.approx(expected.anomaly_scores[0], abs=1e-6)
+    assert (numbers["model"], numbers["height"], numbers["width"]) == ("tiny", 150, 220)
+    assert numbers["small_timestep"] == 200 and numbers["pixel_threshold"] == 0.45
+    marked = sum(region["area"] for region in numbers["regions"])
+    assert marked == pytest.approx(expected.predicted_masks.sum(), abs=20)  # at the threshold, by float32
+
+
+def test_explain_shows_five_different_pictures(client):
+    client.predict(handle_file(EXAMPLE), api_name="/detect")
+    pictures = [np.asarray(Image.open(path)) for path in client.predict(api_name="/explain")]
+    assert [picture.shape for picture in pictures] == [(64, 64, 3)] * 5
+    assert len({picture.tobytes() for picture in pictures}) == 5
+    assert pictures[1].std() > pictures[0].std() > pictures[4].std()  # large noise, small noise, none
+
+
+def test_batch(client, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_text("<html>")
+    archive = tmp_path / "parts.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(EXAMPLES / "hazelnut_good_1.jpg", "good/1.jpg")
+        file.writestr("../escaped.jpg", EXAMPLE.read_bytes())
+        file.writestr("inner.zip", b"PK")
+        file.writestr("__MACOSX/._1.jpg", b"")
+    uploads = [handle_file(path) for path in (EXAMPLE, broken, archive)]
+    job = client.submit(uploads, "tiny", *DEFAULTS, api_name="/batch")
+    told, table, gallery, problems = job.result()
+    assert told.startswith("5 of 5 done: 2 examined") and told.endswith("3 not examined.")
+    assert len(job.outputs()) >= 2  # progress
+    assert [row[0] for row in table["data"]] == [EXAMPLE.name, "parts.zip/good/1.jpg"]
+    single = client.predict(handle_file(EXAMPLE), api_name="/detect")[0]
+    assert table["data"][0][1:3] == [single["verdict"], round(single["score"], 4)]
+    reasons = dict(map(tuple, problems["data"]))
+    assert "an HTML page" in reasons.pop("broken.jpg")
+    assert "leads out of the archive" in reasons.pop("parts.zip/../escaped.jpg")
+    assert "archive in an archive" in reasons.pop("parts.zip/inner.zip") and not reasons
+    assert len(gallery) == 2
+    lines = Path(client.predict(api_name="/batch_csv")).read_text().splitlines()
+    assert lines[0] == "name,verdict,score,threshold,regions,marked_percent,error" and len(lines) == 6
+
+
+def test_two_batches_at_once(client, server, tmp_path):
+    other = Client(server, verbose=False, analytics_enabled=False, download_files=tmp_path / "other")
+    names = sorted(path.name for path in EXAMPLES.iterdir())
+    jobs = [
+        visitor.submit([handle_file(EXAMPLES / name) for name in part], "tiny", *DEFAULTS, api_name="/batch")
+        for visitor, part in ((client, names[:3]), (other, names[3:]))
+    ]
+    assert [[row[0] for row in job.result()[1]["data"]] for job in jobs] == [names[:3], names[3:]]
+
+
+def test_choose_model(client):
+    *values, card = client.predict("undecided", api_name="/choose_model")
+    assert len(values) == 5 and "has no model card" in card
+    verdict, *_ = client.predict(handle_file(EXAMPLE), "undecided", 0, 0, *DEFAULTS[2:], api_name="/detect")
+    assert verdict["verdict"] == "Not decided"
+    *_, card = client.predict("tiny", api_name="/choose_model")
+    assert card == "# Tiny\nNot trained."
+
+
+@pytest.mark.parametrize(
+    "model, reason",
+    [
+        ("pickled", r"diffusion_pytorch_model.bin is a pickle.* only safetensors are loaded"),
+        ("user/missing", "user/missing: the Hub cannot be reached"),  # offline here; see test_space_parts.py
+        ("someone/else", "someone/else is not among the models here; choose one of tiny"),
+        ("../../etc", "not among the models"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_a_sentence(client, folder, model, reason):
+    for call in (("/choose_model", model), ("/detect", handle_file(EXAMPLE), model, *DEFAULTS)):
+        with pytest.raises(AppError, match=reason) as error:
+            client.predict(*call[1:], api_name=call[0])
+        assert str(folder) not in str(error.value) and "elsewhere" not in str(error.value)
 
 
 def test_errors_say_what_is_wrong_and_the_app_goes_on(client, tmp_path):
-    page, cut, strip = tmp_path / "page.png", tmp_path / "cut.jpg", tmp_path / "strip.png"
+    page, cut, strip, large = (tmp_path / name for name in ("page.png", "cut.jpg", "strip.png", "large.png"))
     page.write_text("<!DOCTYPE html><title>not a picture</title>")
     cut.write_bytes(EXAMPLE.read_bytes()[:50_000])
     Image.new("RGB", (400, 4)).save(strip)
-    for path, reason in ((page, "an HTML page"), (cut, "truncated"), (strip, "sides of at least 8")):
+    Image.new("1", (6000, 5000)).save(large)
+    heavy = tmp_path / "heavy.png"
+    heavy.write_bytes(EXAMPLE.read_bytes() + b"\0" * 21 * 2**20)
+    for path, reason in (
+        (page, "an HTML page"),
+        (cut, "truncated"),
+        (strip, "sides of at least 8"),
+        (large, "are more than 24000000; make the picture smaller$"),
+        (heavy, "the file has 21 MB; give a picture of at most 20 MB"),
+    ):
         with pytest.raises(AppError, match=reason) as error:
             client.predict(handle_file(path), api_name="/detect")
         assert path.name not in str(error.value)  # and no path of the server
-    for settings, reason in (((500, 400, 1, 1), "must be in order"), ((200, 400, 1, 9), "at most 8 noise")):
+    for settings, reason in (
+        ((0.4, 0.5, 500, 400, 1, 1), "must be in order"),
+        ((0.4, 0.5, 200, 400, 1, 9), "at most 8 noise"),
+        ((0.4, 0.5, 200, 400, 50, 1), "Guidance weight: 50 cannot be used"),
+        ((-1, 0.5, 200, 400, 1, 1), "Decision threshold: -1 cannot"),
+        (("much", 0.5, 200, 400, 1, 1), "Decision threshold: 'much' cannot"),
+    ):
         with pytest.raises(AppError, match=reason):
-            client.predict(handle_file(EXAMPLE), 0.4, *settings, api_name="/detect")
+            client.predict(handle_file(EXAMPLE), "tiny", *settings, api_name="/detect")
     verdict, *_ = client.predict(handle_file(EXAMPLE), api_name="/detect")
     assert verdict["verdict"] in ("Defective", "Looks good")
+
+
+def test_files_of_the_server_cannot_be_asked_for(client, server, folder):
+    outside = folder / "outside.png"
+    Image.new("RGB", (64, 64)).save(outside)
+    picture = {"path": str(outside), "meta": {"_type": "gradio.FileData"}}
+    response = httpx.post(f"{server}/gradio_api/call/detect", json={"data": [picture, "tiny", *DEFAULTS]})
+    event = response.json()["event_id"]
+    answer = httpx.get(f"{server}/gradio_api/call/detect/{event}", timeout=START_SECONDS).text
+    assert answer.startswith("event: error") and "complete" not in answer
+
+
+def test_an_upload_of_more_than_100_mb_is_refused(server):
+    content = b"\0" * (101 * 2**20)
+    response = httpx.post(f"{server}/gradio_api/upload", files={"files": ("a.png", content)}, timeout=START_SECONDS)
+    assert response.status_code == 413 and "maximum allowed size" in response.text
 
 
 def test_16_bit_and_large_pictures_are_shown_right(client, tmp_path):
     ramp = np.linspace(0, 65535, 900 * 1200).reshape(900, 1200).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    _, (shown, heatmap), _ = client.predict(handle_file(tmp_path / "ramp.png"), api_name="/detect")
+    _, (shown, heatmap), *_ = client.predict(handle_file(tmp_path / "ramp.png"), api_name="/detect")
     assert Image.open(shown).size == Image.open(heatmap).size == (768, 576)
     assert np.asarray(Image.open(shown)).mean() == pytest.approx(127.5, abs=1)
 
 
-def test_only_two_endpoints_are_public(client):
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/detect", "/decide"}
+def test_the_readme_names_every_endpoint(client):
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == ENDPOINTS
+    text = (ROOT / "spaces_demo" / "README.md").read_text()
+    assert all(f"`{endpoint}`" in text for endpoint in ENDPOINTS)
+
+
+def test_a_port_in_use_is_a_sentence(server, folder, tmp_path):
+    port = int(server.rpartition(":")[2])
+    command = [sys.executable, folder / "space" / "app.py"]
+    done = subprocess.run(command, env=environment(tmp_path, port), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(f"port {port} is in use: set GRADIO_SERVER_PORT to another one")
