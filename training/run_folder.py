@@ -9,7 +9,6 @@ from pathlib import Path
 
 import yaml
 from accelerate import Accelerator
-from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from training_config import TrainingConfig, changed_settings, to_plain
 
@@ -136,19 +135,3 @@ def _checksums(folder: Path) -> dict[str, str]:
         with open(path, "rb") as file:
             sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
-
-
-def push_to_hub(config: TrainingConfig) -> None:
-    """Upload the pipeline with its card, configuration, log and plot; no checkpoints, and no path of this machine."""
-    hub, folder = HfApi(), Path(config.output_dir)
-    repository = hub.create_repo(config.hub_model_id or folder.name, exist_ok=True).repo_id
-    files = ["model_index.json", "README.md", "log.jsonl", "losses.png"]
-    folders = ["unet/*", "segmentation/*", "scheduler/*", "samples/*"]
-    hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files + folders)
-    settings = {
-        name: os.path.basename(os.path.normpath(value)) if isinstance(value, str) and os.path.isabs(value) else value
-        for name, value in to_plain(config).items()
-    }
-    text = yaml.safe_dump(settings, sort_keys=False).encode()
-    hub.upload_file(repo_id=repository, path_or_fileobj=text, path_in_repo="training_config.yaml")
-    logger.info("uploaded to %s", repository)

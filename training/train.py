@@ -26,7 +26,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_se
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
-from run_folder import push_to_hub, save_checkpoint, start_run, store_run
+from run_folder import save_checkpoint, start_run, store_run
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -42,6 +42,7 @@ from diffusionad_pipe.calibration import Validation, smallest_rate, split_held_o
 from diffusionad_pipe.image_files import write_atomically
 from diffusionad_pipe.model_card import write_model_card
 from diffusionad_pipe.objective import training_losses
+from diffusionad_pipe.publishing import push_model
 from diffusionad_pipe.synthetic_dataset import SyntheticAnomalyDataset
 from diffusionad_pipe.training_data import foreground_mattes, read_good_pictures, read_textures
 from diffusionad_pipe.training_plots import plot_losses, validation_grid
@@ -95,6 +96,16 @@ def build_networks(
         if side % divisor or side < config.resolution:
             raise ValueError(f"--{name} {side} must be a multiple of {divisor} for these networks, and no crop larger")
     return unet, segmentation, scheduler
+
+
+def start_from_pretrained(networks: dict[str, torch.nn.Module], source: str) -> None:
+    """Take over the weights of a saved pipeline that have the same name and shape; the others stay as they are."""
+    pretrained = DiffusionADPipeline.from_pretrained(source).components
+    for name, network in networks.items():
+        state, found = network.state_dict(), pretrained[name].state_dict()
+        fitting = {key: value for key, value in found.items() if key in state and value.shape == state[key].shape}
+        network.load_state_dict(state | fitting)
+        logger.info("%s: %d of %d weights start from %s", name, len(fitting), len(state), source)
 
 
 def build_datasets(
@@ -195,6 +206,8 @@ def main(config: TrainingConfig) -> int:
     # 1. Networks from the seed, and pictures
     set_seed(config.seed)
     unet, segmentation, scheduler = build_networks(config)
+    if config.pretrained_model_name_or_path:
+        start_from_pretrained({"unet": unet, "segmentation": segmentation}, config.pretrained_model_name_or_path)
     resume_from = start_run(config, accelerator)
     draws_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     dataset, validation, good_count, held_out_count = build_datasets(
@@ -407,7 +420,8 @@ def main(config: TrainingConfig) -> int:
         plot_losses(output_dir / "log.jsonl", output_dir / "losses.png")
         logger.info("saved %s: the best of the validated weights, of step %d", output_dir, progress.best_step)
         if config.push_to_hub:
-            push_to_hub(config)
+            repository = push_model(output_dir, config.hub_model_id or output_dir.name)
+            logger.info("uploaded to %s", repository)
     accelerator.end_training()
     return 0
 

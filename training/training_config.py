@@ -47,6 +47,7 @@ class TrainingConfig:
     procedural_probability: float = 0.0  # share of textures that are drawn: clouds and plain colours
 
     # Networks and noise
+    pretrained_model_name_or_path: str | None = None  # a pipeline to start from, Hub id or folder: its weights that fit
     prediction_type: str = "sample"  # what the UNet predicts: epsilon (the paper), sample or v_prediction
     patch_size: int = 4  # side of the patches that become channels; the paper: 1
     block_out_channels: tuple[int, ...] = (64, 128, 192)  # width of each level of the UNet
