@@ -12,11 +12,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	# torch alone and first: its exact version decides whether gigabytes of CUDA come along.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,demo,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,demo,export,dev]"
 	touch $@
 
 demo: $(VENV)/installed  ## find the defects in the shipped pictures
-	$(BIN)/diffusionad predict $(PICTURES) --model $(MODEL) --output demo_output --panels
+	$(BIN)/diffusionad predict $(PICTURES) --model $(MODEL) --output demo_output --panels --overwrite
 
 test: $(VENV)/installed  ## all tests
 	$(BIN)/python -m pytest
