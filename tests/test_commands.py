@@ -89,6 +89,18 @@ def test_a_dataset_of_the_hub_is_named(trained: Path) -> None:
         assert f"| data | {'user/screws' if expected else 'screw'} |" in card.text
 
 
+def test_what_a_run_was_begun_with_is_named(trained: Path) -> None:
+    config = yaml.safe_load((trained / "training_config.yaml").read_text())
+    for base, on_the_hub in (("user/nuts", True), (str(trained), False)):
+        config |= {"pretrained_model_name_or_path": base}
+        write_model_card(
+            trained, config, picture_count=28, held_out_count=4, best_step=9, hours=0, hardware="", validation={}
+        )
+        card = ModelCard.load(trained / "README.md")
+        assert card.data.base_model == ("user/nuts" if on_the_hub else None)
+        assert f"the weights of `{'user/nuts' if on_the_hub else 'screw'}`" in card.text
+
+
 def clean_environment(hub_server: HubServer, home: Path) -> dict[str, str]:
     """That of somebody who has never loaded anything."""
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS") if name in os.environ}

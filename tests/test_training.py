@@ -130,6 +130,22 @@ def test_the_best_weights_are_kept_and_the_last_beside_them(trained: Path) -> No
     assert same == (scores[6] > scores[3])
 
 
+def test_a_run_starts_from_the_weights_of_a_pipeline_that_fit(trained: Path, config: Path, tmp_path: Path) -> None:
+    flags = ["--pretrained_model_name_or_path", str(trained), "--block_out_channels", "32", "64"]
+    still = ["--learning_rate", "0", "--segmentation_learning_rate", "0", "--max_train_steps", "1"]
+    finished = run(command(config, tmp_path / "run", *flags, *still))
+    assert finished.returncode == 0, finished.stderr
+    equal = {}
+    for network in ("unet", "segmentation"):
+        file = f"{network}/diffusion_pytorch_model.safetensors"
+        source, found = load_file(trained / file), load_file(tmp_path / "run" / file)
+        fitting = [key for key, value in found.items() if key in source and source[key].shape == value.shape]
+        assert all(torch.equal(source[key], found[key]) for key in fitting)
+        equal[network] = len(fitting) / len(found)
+    assert equal["segmentation"] == 1 and 0.2 < equal["unet"] < 1
+    assert f"start from {trained}" in finished.stderr
+
+
 def test_a_kill_in_the_middle_of_a_save_resumes_bit_exact(trained: Path, config: Path, tmp_path: Path) -> None:
     output = tmp_path / "killed"
     process = start(command(config, output))

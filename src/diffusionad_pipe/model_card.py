@@ -55,13 +55,20 @@ def write_model_card(
     index = _read_index(folder)
     dataset, samples = config["dataset_name"], f"samples/step-{best_step:07d}.png"
     on_the_hub = dataset is not None and not Path(dataset).exists()
+    base = config.get("pretrained_model_name_or_path")
+    base_on_the_hub = base is not None and not Path(base).exists()
     card = _fill(
         folder,
         Path(folder).absolute().name,
-        {"license": config["licence"], "datasets": [dataset] if on_the_hub else None},
+        {
+            "license": config["licence"],
+            "datasets": [dataset] if on_the_hub else None,
+            "base_model": base if base_on_the_hub else None,
+        },
         # The folder's name only: where it lay on the machine is nobody's business.
         training_data=config["dataset_title"]
         or (dataset if on_the_hub else Path(config["train_data_dir"] or dataset).name),
+        base=base if base is None or base_on_the_hub else Path(base).name,
         training_pictures=picture_count - held_out_count,
         held_out_pictures=held_out_count,
         config=config,
