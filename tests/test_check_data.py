@@ -65,7 +65,7 @@ def test_all_problems_in_one_pass(tmp_path: Path) -> None:
     assert len(contamination) == 2 and "values end at 100" in contamination[0] and "marks nothing" in contamination[1]
     assert "marks every pixel" in warnings["ground_truth/broken_large/001_mask.png"]
     assert "marks nothing" in warnings["ground_truth/broken_large/005_mask.png"]
-    assert "belongs to no picture" in warnings["ground_truth/broken_large/099_mask.png"]
+    assert "the layout mvtec has no use for it here" in warnings["ground_truth/broken_large/099_mask.png"]
     assert "defective without a mask" in warnings["test/broken_large/007.bmp"]
     assert "folder is empty" in warnings["test/scratch"]
     assert len(problems) == 7 and found(root, "note")
@@ -100,6 +100,21 @@ def test_a_partial_download(tmp_path: Path) -> None:
     assert set(errors) == {*gone, "pcb1"} and "names this category" in errors["pcb1"]
     assert set(found(root, "warning")) == {"candle/Data/Images/Normal/0009.JPG"}
     assert set(found(root, "error", category="candle")) == set(gone)
+
+
+def test_pictures_that_nobody_would_notice(tmp_path: Path) -> None:
+    root = tmp_path / "bottle"
+    layouts.mvtec_ad(tmp_path)
+    layouts.pictures(root, ["test/000.png", "train/bad/000.png", "005.png"])
+    shutil.copy(root / "test" / "good" / "001.png", root / "test" / "contamination" / "000.png")
+    assert set(found(root, "warning")) == {"test/000.png", "train/bad/000.png", "005.png"}
+    (message,) = found(root, "error").values()
+    assert "test/good/001.png: the same picture as" in message and "one is good and one contamination" in message
+
+    root = tmp_path / "KolektorSDD2"
+    layouts.kolektor_sdd2(root)
+    layouts.masks(root, ["train/10002_GT (copy).png"])
+    assert set(found(root, "warning")) == {"train/10002_GT (copy).png"} and not found(root, "error")
 
 
 def test_masks_decide_on_defects(tmp_path: Path) -> None:

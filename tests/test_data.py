@@ -1,5 +1,6 @@
 """Folders of pictures in every layout."""
 
+import csv
 import logging
 import random
 import shutil
@@ -181,10 +182,55 @@ def test_categories_of_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     with pytest.raises(ValueError, match="choose one: candle, pcb1"):
         load_anomaly_dataset(tmp_path / "export")
-    with pytest.raises(ValueError, match="no category 'pcb'; it has: candle, pcb1"):
-        load_anomaly_dataset(tmp_path / "export", category="pcb")
+    with pytest.raises(ValueError, match=r"no category 'PCB'; it has: candle, pcb1; did you mean pcb1\?"):
+        load_anomaly_dataset(tmp_path / "export", category="PCB")
     with pytest.raises(ValueError, match="write them with export_parquet"):
         load_anomaly_dataset(tmp_path / "visa", layout="parquet")
+
+
+def test_visa_and_dagm_have_as_many_pictures_as_their_publishers_list(tmp_path: Path) -> None:
+    layouts.visa(tmp_path / "visa")
+    with open(tmp_path / "visa" / "split_csv" / "1cls.csv", newline="") as file:
+        listed = Counter(
+            (row["object"], row["split"], int(row["label"] == "anomaly"), bool(row["mask"]))
+            for row in csv.DictReader(file)
+        )
+    assert loaded_counts(tmp_path / "visa") == listed and len(listed) == 2 * 3
+
+    layouts.dagm(tmp_path / "dagm")
+    listed = Counter()
+    for table in (tmp_path / "dagm").rglob("Labels.txt"):
+        for line in table.read_text().splitlines()[1:]:
+            _, defective, name, _, mask = line.split("\t")
+            split = table.parts[-3].lower() + ("_defective" if table.parts[-3] == "Train" and defective == "1" else "")
+            listed[table.parts[-4], split, int(defective), mask != "0"] += 1
+            assert (table.parents[1] / name).is_file()
+    assert loaded_counts(tmp_path / "dagm") == listed and len(listed) == 2 * 4
+
+
+def loaded_counts(root: Path) -> Counter[tuple[str, str, int, bool]]:
+    """Pictures of each category, split and label, with and without a mask."""
+    return Counter(
+        (category, split, label, mask is not None)
+        for split, rows in load_anomaly_dataset(root, category="all").items()
+        for category, label, mask in zip(rows["category"], rows["label"], rows["mask"])
+    )
+
+
+def test_dagm_in_other_cases_of_its_suffix(tmp_path: Path) -> None:
+    """As some copies of it are: small letters on the disk, capitals in the list."""
+    layouts.dagm(tmp_path / "dagm")
+    expected = loaded_counts(tmp_path / "dagm")
+    for file in list((tmp_path / "dagm").rglob("*.PNG")):
+        file.rename(file.with_suffix(".png"))
+    assert loaded_counts(tmp_path / "dagm") == expected
+
+
+def test_a_copy_of_a_mask_is_no_picture(tmp_path: Path) -> None:
+    layouts.kolektor_sdd2(tmp_path / "KolektorSDD2")
+    expected = loaded_counts(tmp_path / "KolektorSDD2")
+    layouts.masks(tmp_path / "KolektorSDD2", ["train/10002_GT (copy).png"])
+    assert loaded_counts(tmp_path / "KolektorSDD2") == expected
 
 
 def test_a_partial_download_names_every_missing_file(tmp_path: Path) -> None:
@@ -204,9 +250,11 @@ def test_a_partial_download_names_every_missing_file(tmp_path: Path) -> None:
         load_anomaly_dataset(tmp_path / "visa", category="candle")
 
     layouts.dagm(tmp_path / "dagm")
-    (tmp_path / "dagm" / "Class1" / "Train" / "Label" / "0577_label.PNG").unlink()
-    with pytest.raises(ValueError, match="0577_label.PNG"):
+    for name in ("Train/Label/0577_label.PNG", "Train/0578.PNG", "Test/0004.PNG"):
+        (tmp_path / "dagm" / "Class1" / name).unlink()
+    with pytest.raises(ValueError, match="these 3 files are missing") as error:
         load_anomaly_dataset(tmp_path / "dagm", category="Class1")
+    assert all(name in str(error.value) for name in ("0577_label.PNG", "0578.PNG", "0004.PNG"))
 
     layouts.mpdd(tmp_path / "mpdd")
     shutil.rmtree(tmp_path / "mpdd" / "bracket_black" / "train")  # what is left is not taken for good pictures

@@ -71,7 +71,14 @@ def _check_category(name: str, folder: Path, layout: str) -> list[Problem]:
             problems += _mask_problems(entry, picture, mask)
         if picture is not None:
             twin = seen.setdefault(_digest(picture), entry)
-            if twin.split != entry.split:
+            contradictory = "good" in (twin.defect_type, entry.defect_type) and twin.defect_type != entry.defect_type
+            if twin.split == entry.split and contradictory:
+                message = (
+                    f"{entry.picture}: the same picture as {twin.picture}, but one is {entry.defect_type} and one "
+                    f"{twin.defect_type}; remove one of them"
+                )
+                problems.append(Problem("error", entry.picture, message))
+            elif twin.split != entry.split:
                 message = (
                     f"{entry.picture}: the same picture as {twin.picture}, one is in {entry.split} and one in "
                     f"{twin.split}; remove one of them"
@@ -161,9 +168,13 @@ def _missing_masks(folder: Path, entries: list[Entry]) -> Iterator[Problem]:
 
 def _stray_files(folder: Path, layout: str, entries: list[Entry]) -> Iterator[Problem]:
     known = {file for entry in entries for file in (entry.picture, entry.mask)}
-    for file in sorted(folder.glob(LAYOUTS[layout].owned)):
-        if is_picture(file) and file not in known:
-            message = f"{file}: belongs to no picture; rename it after its picture, or remove it"
+    known.update(file for pattern in LAYOUTS[layout].unused for file in folder.glob(pattern))
+    for file in sorted(folder.rglob("*")):
+        if is_picture(file) and file not in known and not file.is_dir():
+            message = (
+                f"{file}: the layout {layout} has no use for it here; name a mask after its picture, put a picture "
+                "where the others of its kind are, or remove it"
+            )
             yield Problem("warning", file, message)
     for parent, folders, names in os.walk(folder):
         if not folders and not names:

@@ -132,15 +132,21 @@ def find_categories(path: PathLike, layout: str = "auto", category: str | None =
         return {plain.absolute().name: (plain, "folder")}
     if category in (None, "all") and not found:
         raise ValueError(f"{root} is not laid out as {layout}, which has {LAYOUTS[layout].signature}")
-    if category == "all" or (category is None and len(found) == 1):
-        return found
+    return {name: found[name] for name in _choose(root, list(found), category)}
+
+
+def _choose(root: PathLike, names: list[str], category: str | None) -> list[str]:
+    """The chosen ones of all categories."""
+    if category == "all" or (category is None and len(names) == 1):
+        return names
     if category is None:
-        raise ValueError(f"{root} holds several categories, choose one: {', '.join(found)}")
-    if category not in found:
-        close = difflib.get_close_matches(category, found)
+        raise ValueError(f"{root} holds several categories, choose one: {', '.join(names)}")
+    if category not in names:
+        folded = {name.casefold(): name for name in names}
+        close = [folded[match] for match in difflib.get_close_matches(category.casefold(), folded)]
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"{root} has no category {category!r}; it has: {', '.join(found) or 'none'}{hint}")
-    return {category: found[category]}
+        raise ValueError(f"{root} has no category {category!r}; it has: {', '.join(names) or 'none'}{hint}")
+    return [category]
 
 
 def _refuse_remains(folder: Path) -> None:
@@ -258,11 +264,8 @@ def _load_parquet(path: PathLike, category: str | None) -> datasets.DatasetDict:
             f"{path} was not written by export_parquet: it lacks some of the columns {', '.join(FEATURES)}"
         )
     names = sorted({name for rows in splits.values() for name in rows.unique("category")})
-    if category == "all" or (category is None and len(names) == 1):
+    chosen = _choose(path, names, category)
+    if chosen == names:
         return splits
-    if category is None:
-        raise ValueError(f"{path} holds several categories, choose one: {', '.join(names)}")
-    if category not in names:
-        raise ValueError(f"{path} has no category {category!r}; it has: {', '.join(names)}")
-    chosen = splits.filter(lambda name: name == category, input_columns="category")
-    return datasets.DatasetDict({split: rows for split, rows in chosen.items() if len(rows)})
+    some = splits.filter(lambda name: name in chosen, input_columns="category")
+    return datasets.DatasetDict({split: rows for split, rows in some.items() if len(rows)})

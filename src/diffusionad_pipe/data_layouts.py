@@ -36,13 +36,13 @@ class Layout(NamedTuple):
 
     Args:
         signature: a pattern that matches something in every such folder, and in no folder of a layout further down.
-        owned: a pattern for files that each belong to a picture: masks, and pictures where a list names all.
         read: lists the pictures of such a folder.
+        unused: patterns for the publisher's pictures that are no test pictures or no photographs.
     """
 
     signature: str
-    owned: str
     read: Callable[[Path], list[Entry]]
+    unused: tuple[str, ...] = ()
 
 
 def split_of(split: str, defect_type: str) -> str:
@@ -115,14 +115,18 @@ def _read_dagm(root: Path) -> list[Entry]:
     entries = []
     for split in ("train", "test"):
         folder = root / split.title()
-        masks = {mask.name: mask for mask in (folder / "Label").glob("*_label.*")}
-        for table in (folder / "Label").glob("[Ll]abels.txt"):  # names also masks that were not downloaded
-            for name in re.findall(r"\S+_label\.\w+", table.read_text(encoding="utf-8")):
-                masks.setdefault(name, folder / "Label" / name)
-        for picture in sorted(filter(is_picture, folder.glob("*"))):
-            mask = masks.get(f"{picture.stem}_label{picture.suffix}")
-            defect_type = "good" if mask is None else "defect"
-            entries.append(Entry(picture, mask, defect_type, split_of(split, defect_type)))
+        pictures = {file.stem: file for file in folder.glob("*") if is_picture(file)}
+        masks = {file.stem.removesuffix("_label"): file for file in folder.glob("Label/*_label.*")}
+        for table in folder.glob("Label/[Ll]abels.txt"):  # names also what was not downloaded
+            names = re.findall(r"[\w-]+\.[A-Za-z]\w*", table.read_text(encoding="utf-8"))
+            for name in map(Path, names):
+                if name.stem.endswith("_label"):
+                    masks.setdefault(name.stem.removesuffix("_label"), folder / "Label" / name)
+                else:
+                    pictures.setdefault(name.stem, folder / name)
+        for stem, picture in sorted(pictures.items()):
+            defect_type = "defect" if stem in masks else "good"
+            entries.append(Entry(picture, masks.get(stem), defect_type, split_of(split, defect_type)))
     return entries
 
 
@@ -131,7 +135,7 @@ def _read_kolektor_sdd2(root: Path) -> list[Entry]:
         Entry(picture, picture.with_name(f"{picture.stem}_GT.png"), None, split)
         for split in ("train", "test")
         for picture in _pictures(root / split)
-        if not picture.stem.endswith("_GT")
+        if "_GT" not in picture.stem  # nor copies of masks
     ]
 
 
@@ -183,17 +187,17 @@ def _mask_of(picture: Path, masks: dict[str, Path]) -> Path | None:
 
 # The first whose signature matches is the layout of a folder.
 LAYOUTS: dict[str, Layout] = {
-    "visa": Layout("Data/Images", "Data/*/*/*", _read_visa),
-    "mvtec_3d": Layout("train/good/rgb", "test/*/gt/*", _read_mvtec_3d),
+    "visa": Layout("Data/Images", _read_visa),
+    "mvtec_3d": Layout("train/good/rgb", _read_mvtec_3d, unused=("*/*/xyz/*",)),
     "mvtec_ad_2": Layout(
         "test_public",
-        "test_public/ground_truth/*/*",
         partial(_read_mvtec, test="test_public", ground_truth="test_public/ground_truth"),
+        unused=("test_private/*", "test_private_mixed/*"),
     ),
-    "mvtec": Layout("train/good", "ground_truth/*/*", _read_mvtec),
-    "btad": Layout("train/ok", "ground_truth/*/*", partial(_read_mvtec, good="ok")),
-    "dagm": Layout("Train/Label", "*/Label/*", _read_dagm),
-    "kolektor_sdd2": Layout("train/*_GT.png", "*/*", _read_kolektor_sdd2),
-    "magnetic_tile": Layout("MT_Free/Imgs", "MT_*/Imgs/*", _read_magnetic_tile),
-    "folder": Layout("*", "**/*", _read_folder),
+    "mvtec": Layout("train/good", _read_mvtec),
+    "btad": Layout("train/ok", partial(_read_mvtec, good="ok")),
+    "dagm": Layout("Train/Label", _read_dagm),
+    "kolektor_sdd2": Layout("train/*_GT.png", _read_kolektor_sdd2),
+    "magnetic_tile": Layout("MT_Free/Imgs", _read_magnetic_tile),
+    "folder": Layout("*", _read_folder),
 }
