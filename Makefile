@@ -29,9 +29,12 @@ quality: $(VENV)/installed  ## lint and types
 space: $(VENV)/installed  ## the Gradio demo on this machine
 	$(BIN)/python spaces_demo/app.py
 
-train-hazelnut: $(VENV)/installed  ## train the shipped model again (on, after an interruption)
-	$(BIN)/accelerate launch --num_processes 1 training/train.py --config training/configs/hazelnut.yaml \
-		--output_dir runs/hazelnut $(if $(wildcard runs/hazelnut/checkpoint-*),--resume_from_checkpoint latest)
+train-hazelnut: $(VENV)/installed  ## train the shipped model again, in two runs (on, after an interruption)
+	for run in hazelnut_first hazelnut; do \
+		$(BIN)/accelerate launch --num_processes 1 training/train.py --config training/configs/$$run.yaml \
+			--output_dir runs/$$run $$(ls -d runs/$$run/checkpoint-* >/dev/null 2>&1 && echo --resume_from_checkpoint latest) \
+			|| exit 1; \
+	done
 
 evaluate: $(VENV)/installed  ## the figures of the README
 	$(BIN)/diffusionad evaluate --model $(MODEL) --data training/data/hazelnut_toy/hazelnut --output evaluation
