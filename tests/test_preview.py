@@ -130,7 +130,7 @@ def test_defaults_are_those_of_training() -> None:
 
 
 def test_without_the_train_extra() -> None:
-    code = "import sys; sys.modules.update(dict.fromkeys(['datasets', 'kornia', 'skimage', 'sklearn']))\n"
+    code = "import sys; sys.modules.update(dict.fromkeys(['datasets', 'kornia', 'skimage', 'gradio', 'matplotlib']))\n"
     code += "from diffusionad_pipe.cli import app; app()"
     command = [sys.executable, "-c", code, "preview-synthesis", "pictures", "--output", "sheet.png"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
