@@ -1,15 +1,29 @@
-"""What the hardware offers for inference: the fastest dtype, a compiler, and how much memory there was."""
+"""What the hardware offers for inference: several processes, the fastest dtype, a compiler, and how much memory there
+was."""
 
 import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 logger = logging.getLogger(__name__)
+
+
+def join_processes() -> PartialState:
+    """The processes that `accelerate launch` or `torchrun` started, this one alone without them.
+
+    It must be called before anything else asks for accelerate's `PartialState`, which by itself finds several processes
+    on GPUs only, and lets a process wait half an hour at most for one that has more to do.
+    """
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=timedelta(days=365))
 
 
 def fastest_dtype(device: torch.device | str) -> torch.dtype:

@@ -1,27 +1,29 @@
 """The commands that show pictures to a model: predict, evaluate, calibrate."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .acceleration import explained_out_of_memory, join_processes
 from .calibration import calibrate as calibrate_pipeline
 from .calibration import store_thresholds
 from .console import USER_ERRORS, fail, needed_packages, output_console
 from .model_card import describe_thresholds, write_thresholds
-from .picture_sources import PictureSource, find_files, find_rows, watch_folders
+from .picture_sources import PictureSource, find_files, find_rows, from_file, watch_folders
 from .pipeline_diffusionad import DiffusionADPipeline
 from .prediction import Drawings, MapFormat, fingerprint, judge
-from .prediction_folder import PredictionFolder, Row
+from .prediction_folder import PredictionFolder, Row, append_share, even_shares
 
 HIGHEST_SHOWN_ROWS = 60
 STYLES = {"defective": "bold red", "good": "green", None: ""}
@@ -90,6 +92,9 @@ def predict(
     command again goes on after an interruption: what was judged with this model and these settings, and has not
     changed since, is skipped.
 
+    `accelerate launch --module diffusionad_pipe.cli predict` takes the same options and shares the pictures among
+    processes and machines, which must see the same folders. The table is the same; --parquet writes one file each.
+
     Exit code: 0 if every picture was judged, 1 if one could not be, 2 for wrong usage, 3 with --fail-on-defect if all
     were judged and one is defective, 130 after Ctrl-C.
 
@@ -98,10 +103,15 @@ def predict(
     find . -name "*.png" -newer mark | diffusionad predict - --model runs/mine --output results
     diffusionad predict --dataset user/pictures --split test --model runs/mine --output results --parquet
     diffusionad predict incoming --watch --model runs/mine --output results
+    accelerate launch -m diffusionad_pipe.cli predict pictures --model runs/mine --output results --parquet
     """
+    state = join_processes()
     console = output_console()
+    console.quiet = not state.is_main_process
     diffusers_logging.disable_progress_bar()
     try:
+        if watch and state.num_processes > 1:
+            raise ValueError("--watch is for one process: start it without accelerate launch")
         sources = _find_sources(pictures or [], dataset, split, image_column, watch)
         pipe = _load(model, device)
         thresholds = {"image_threshold": threshold, "pixel_threshold": pixel_threshold}
@@ -114,11 +124,12 @@ def predict(
             "model": fingerprint(pipe), "threshold": pipe.config.image_threshold,
             "pixel-threshold": pipe.config.pixel_threshold, "panels": panels, "maps": maps, "masks": masks,
         }  # fmt: skip
-        folder = PredictionFolder(output, settings, overwrite)
+        folder = PredictionFolder(output, settings, overwrite) if state.is_main_process else None
     except USER_ERRORS as error:
         fail(error)
 
     drawings = Drawings(panels, maps, masks, max_pixels)
+    store = folder.add if folder is not None else partial(append_share, output, state.process_index)
     # What lies in the output folder was drawn here, and is no picture to judge.
     own = output.resolve()
     rounds: Iterable[list[PictureSource]] = (
@@ -130,25 +141,37 @@ def predict(
         for found in rounds:
             found = [s for s in found if s.file is None or own not in s.file.resolve().parents]
             asked_for |= dict.fromkeys(source.name for source in found)
-            todo = [source for source in found if not folder.is_judged(source)]
+            todo, names = found, {}
+            if folder is not None:
+                todo = [source for source in found if not folder.is_judged(source)]
+                names = folder.name_outputs(todo)
+            if state.num_processes > 1:
+                # All have found the same, but the others may see drawings that are already being written anew.
+                wanted, names = broadcast_object_list([{source.name for source in todo}, names])
+                todo = [source for source in found if source.name in wanted]
             if len(todo) < len(found):
                 console.print(
                     f"{len(found) - len(todo)} of {len(found)} pictures were judged before with this model and these "
                     "settings, and are skipped"
                 )
             if todo:
-                _judge_all(pipe, todo, folder, drawings, batch_size, console, each=watch)
-            if watch and todo:
-                folder.write_tables(parquet)
+                _judge_share(pipe, todo, names, output, store, drawings, batch_size, console, each=watch)
+            if watch and todo and folder is not None:
+                folder.write_tables(int(parquet))
+        state.wait_for_everyone()
+        if folder is not None:
+            folder.take_shares()
     except KeyboardInterrupt:
         interrupted = True
-    except torch.OutOfMemoryError:
-        fail("out of memory: lower --batch-size; what was judged is kept, and the same command goes on", 1)
     except USER_ERRORS as error:
         fail(error, 1)
     finally:  # what is done is written, whatever happened
-        folder.write_tables(parquet)
+        if folder is not None:
+            folder.order(asked_for)
+            folder.write_tables(state.num_processes if parquet else 0)
 
+    if folder is None:
+        raise typer.Exit(130 if interrupted else 0)
     rows = [folder.rows[name] for name in asked_for if name in folder.rows]
     _print_table(rows, output, console)
     if interrupted and not watch:
@@ -201,6 +224,7 @@ def evaluate(
     with needed_packages():
         from . import evaluation, results_table
         from .evaluation_report import write_evaluation_report
+    join_processes()
     diffusers_logging.disable_progress_bar()
     console = output_console()
     settings = {
@@ -309,9 +333,11 @@ def _find_sources(
             raise ValueError(f"--watch takes folders: {dataset or others[0]} is none")
         return []
     if dataset:
-        with needed_packages():
+        with needed_packages(), PartialState().main_process_first():  # which downloads it, if need be
             return find_rows(dataset, split, image_column)
-    return find_files(pictures, sys.stdin)
+    # The main process alone has the standard input, and a folder may change while the others look into it.
+    files = [source.place for source in find_files(pictures, sys.stdin)] if PartialState().is_main_process else []
+    return [from_file(file) for file in broadcast_object_list([files])[0]]
 
 
 def _load(model: str, device: str | None) -> DiffusionADPipeline:
@@ -320,24 +346,32 @@ def _load(model: str, device: str | None) -> DiffusionADPipeline:
     return pipe
 
 
-def _judge_all(
+def _judge_share(
     pipe: DiffusionADPipeline,
     sources: Sequence[PictureSource],
-    folder: PredictionFolder,
+    names: Mapping[str, str],
+    output: Path,
+    store: Callable[[Sequence[Row]], None],
     drawings: Drawings,
     batch_size: int,
     console: Console,
     each: bool,
 ) -> None:
-    """Judge pictures batch by batch; with `each` a line is printed for every one."""
-    names = folder.name_outputs(sources)
+    """Judge this process's share of the pictures batch by batch; with `each` a line is printed for every one.
+
+    Batches are the same for any number of processes, since in batches of other sizes the last bits of scores differ.
+    """
+    state = PartialState()
+    starts = range(0, len(sources), batch_size)
+    share = even_shares(len(starts), state.num_processes)[state.process_index]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=each) as progress:
-        task = progress.add_task("predicting", total=len(sources))
-        for start in range(0, len(sources), batch_size):
+        task = progress.add_task("predicting", total=min(len(share) * batch_size, len(sources)))
+        for start in starts[share.start : share.stop]:
             batch = sources[start : start + batch_size]
-            rows = judge(pipe, batch, names, folder.folder, drawings)
-            folder.add(rows)
+            with explained_out_of_memory(f"--batch-size {batch_size}", "a lower one; what was judged is kept"):
+                rows = judge(pipe, batch, names, output, drawings)
+            store(rows)
             progress.update(task, advance=len(batch))
             for row in rows if each else ():
                 verdict = row["error"] or f"{row['path']}: {row['score']:.4f} {row['decision'] or 'no threshold'}"

@@ -7,8 +7,8 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
-# What a user can mend: bad files and settings, a full disk, the Hub, a device that is not there.
-USER_ERRORS = (ValueError, OSError, RuntimeError)
+# What a user can mend: bad files and settings, a full disk, the Hub, a device that is not there, too large a batch.
+USER_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
 
 
 def output_console() -> Console:
