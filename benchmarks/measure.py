@@ -1,11 +1,13 @@
 """What the benchmarks of inference share: timing in turns, the machine's peak, memory, tables and JSON."""
 
+import ctypes
 import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,10 +90,25 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, side: int | None = Non
 
 def count_flops(function: Callable[[], object]) -> int:
     """Floating-point operations of a call in convolutions and matrix products; multiply and add are two."""
+    return sum(module_flops(function).values())
+
+
+def module_flops(function: Callable[[], object]) -> dict[str, int]:
+    """The same for each module that it calls, without the modules inside, by the module's name in the network."""
     # The counter knows attention as matrix products, not as a fused kernel.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
-    return counter.get_total_flops()
+    totals = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name != "Global"}
+    own = dict(totals)
+    for name, total in totals.items():
+        outer = name
+        while "." in outer:
+            outer = outer.rpartition(".")[0]
+            if outer in totals:
+                own[outer] -= total
+                break
+    # The counter's names begin with the network's class.
+    return {name.partition(".")[2]: flops for name, flops in own.items()}
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> float | None:
@@ -106,6 +123,9 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> float |
     if sys.platform != "linux":
         function()
         return None
+    # What earlier calls left unused in glibc's heap would be taken again unseen.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again at what is in use now
     before = _resident("VmRSS")
     function()
