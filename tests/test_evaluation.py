@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from diffusionad_pipe import DiffusionADPipeline, open_image
 from diffusionad_pipe.cli import app
 from diffusionad_pipe.data import export_parquet, load_anomaly_dataset
 from diffusionad_pipe.evaluation import CategoryResult, evaluate, read_prediction
+from diffusionad_pipe.evaluation_report import write_evaluation_report
 from diffusionad_pipe.metrics import evaluate_maps, mean_metrics
 from diffusionad_pipe.results_table import markdown_table, published_rows
 
@@ -73,6 +75,7 @@ def test_the_command_writes_tables_a_report_and_the_card(model: Path, data: Path
     written = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]
     assert written["good"] == 2 and 0 <= written["pixel_ap"] <= 1
     assert written["seconds_per_picture"] > 0 and written["peak_memory_bytes"] > 2**20
+    assert re.search(r"part: \S+ s a picture .*, \S+ s for the metrics, at most \d+ MiB of memory", result.output)
     scores = (tmp_path / "out" / "scores.csv").read_text().splitlines()
     assert len(scores) == 6 and scores[0] == "category,path,defect_type,label,score,decision"
     assert "pixel AUROC" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -81,7 +84,8 @@ def test_the_command_writes_tables_a_report_and_the_card(model: Path, data: Path
 
     # The metrics again, without the model: the same, and another method close to it.
     assert CliRunner().invoke(app, ["evaluate", *flags]).exit_code == 0
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"][0] == written
+    again = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]
+    assert again | {"seconds_for_metrics": 0} == written | {"seconds_for_metrics": 0}
     assert CliRunner().invoke(app, ["evaluate", *flags, "--method", "streaming"]).exit_code == 0
     streamed = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]
     for name in ("pixel_auroc", "pixel_ap", "au_pro_0.30"):
@@ -111,6 +115,46 @@ def test_an_interrupted_evaluation_goes_on_and_another_model_begins_anew(
     tiny_pipeline.save_pretrained(tmp_path / "other")
     evaluate(tmp_path / "other", data, tmp_path / "out", batch_size=2)
     assert (read_prediction(folder, 1).anomaly_map > first.anomaly_map).all()
+
+
+def test_predictions_of_other_pictures_are_not_used(model: Path, data: Path, tmp_path: Path) -> None:
+    (result,) = evaluate(model, data, tmp_path / "out")
+    moved = shutil.copytree(data, tmp_path / "elsewhere" / "part")
+    (again,) = evaluate(None, moved, tmp_path / "out")
+    assert again.metrics == result.metrics
+    Image.new("RGB", (48, 40)).save(moved / "test" / "good" / "0.png")
+    with pytest.raises(ValueError, match="predictions of other pictures than these test pictures: give the model"):
+        evaluate(None, moved, tmp_path / "out")
+    before = result.rows[0]["score"], result.rows[1]["score"]
+    (fresh,) = evaluate(model, moved, tmp_path / "out")
+    assert fresh.rows[0]["score"] != before[0] and fresh.rows[1]["score"] == pytest.approx(before[1], abs=1e-6)
+
+
+def test_streaming_holds_one_map_whatever_their_number(model: Path, tmp_path: Path) -> None:
+    """In a process of its own, whose peak memory tells."""
+    side = 1500
+    for count, name in ((2, "few"), (10, "many")):
+        folder = tmp_path / name / "part"
+        for part in ("train/good", "test/good", "test/bad", "ground_truth/bad"):
+            (folder / part).mkdir(parents=True)
+        Image.new("L", (side, side)).save(folder / "train" / "good" / "0.png")
+        for index in range(count):
+            kind = "bad" if index % 2 else "good"
+            Image.new("L", (side, side), index).save(folder / "test" / kind / f"{index}.png")
+            mask = Image.new("1", (side, side))
+            mask.paste(1, (100, 100, 300, 200))
+            mask.save(folder / "ground_truth" / "bad" / f"{index}.png") if index % 2 else None
+        evaluate(model, tmp_path / name, tmp_path / "out" / name, batch_size=1)
+    script = f"""
+import resource
+from diffusionad_pipe.evaluation import evaluate
+for name in ("few", "many"):
+    evaluate(None, {str(tmp_path)!r} + "/" + name, {str(tmp_path / "out")!r} + "/" + name, method="streaming")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * {1 if sys.platform == "darwin" else 1024})
+"""
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    few, many = map(int, printed.split())
+    assert many - few < 4 * side**2 * 4  # 8 further maps of 9 MB each took less than 4 of them
 
 
 def test_processes_share_the_work_and_agree(model: Path, data: Path, tmp_path: Path) -> None:
@@ -149,11 +193,34 @@ def test_a_broken_picture_is_listed_and_the_rest_measured(model: Path, data: Pat
     assert result.exit_code == 0 and "| part | 3 | 3 | " in result.output
 
 
+def opencv_resize(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`cv2.resize` of 8-bit values as it is documented: linear between the centres of pixels, rounded."""
+    for axis, length in enumerate(size):
+        source = values.shape[axis]
+        centres = np.clip((np.arange(length) + 0.5) * source / length - 0.5, 0, source - 1)
+        low = np.floor(centres).astype(int)
+        high = np.minimum(low + 1, source - 1)
+        share = np.expand_dims(centres - low, 1 - axis)
+        values = values.take(low, axis) * (1 - share) + values.take(high, axis) * share
+    return np.floor(values + 0.5)
+
+
 def test_the_reference_protocol_erodes_masks_and_scores_fifty_pixels(model: Path, data: Path, tmp_path: Path) -> None:
     (result,) = evaluate(model, data, tmp_path / "out", protocol="reference")
     for row in result.rows:
         prediction = read_prediction(tmp_path / "out" / "predictions" / "part", row["index"])
         assert row["score"] == pytest.approx(np.sort(prediction.anomaly_map.ravel())[-50:].mean(), abs=1e-6)
+    # The mask of scratch/0, [4:19, 7:38] of 40 x 48 pixels; the others have none that is usable.
+    mask = np.zeros((40, 48))
+    mask[4:19, 7:38] = 255
+    eroded = opencv_resize(mask, (32, 32)) == 255
+    assert 0 < eroded.sum() < (mask > 0).mean() * 32 * 32
+    maps = [read_prediction(tmp_path / "out" / "predictions" / "part", i).anomaly_map for i in range(5)]
+    masks = [eroded if row["path"].endswith("scratch/0.png") else None for row in result.rows]
+    masks = [np.zeros((32, 32)) if row["label"] == 0 else its for row, its in zip(result.rows, masks)]
+    expected = evaluate_maps(maps, masks, method="reference")
+    assert {name: result.metrics[name] for name in expected} == expected
+
     (exact,) = evaluate(None, data, tmp_path / "out", protocol="reference", at_model_size=True)
     assert exact.metrics == result.metrics
     (own,) = evaluate(model, data, tmp_path / "exact", at_model_size=True)
@@ -184,16 +251,88 @@ def test_means_leave_out_what_is_not_defined() -> None:
         rows = [{"label": 0}, {"label": 1}]
         curve = (np.empty(0), np.empty(0))
         return CategoryResult(
-            name, {"image_auroc": 0.5, "pixel_ap": value}, None, rows, 0, [], 0.1, 2**20, {}, {}, curve
+            name,
+            {"image_auroc": 0.5, "pixel_ap": value},
+            None,
+            rows,
+            0,
+            [],
+            ["a remark"],
+            0.1,
+            0.2,
+            2**20,
+            {},
+            {},
+            curve,
         )
 
     results = [result("screw", 0.25), result("hazelnut", math.nan)]
     assert mean_metrics([r.metrics for r in results]) == {"image_auroc": 0.5, "pixel_ap": 0.25}
     table = markdown_table(results)
     assert "| hazelnut | 1 | 1 | 0.5000 | – |" in table
-    assert "Not defined, and left out of the mean: pixel AP (hazelnut)." in table
+    assert "- screw: a remark\n- hazelnut: a remark\n" in table
+    assert table.endswith("- categories left out of a mean, since a metric is NaN there: pixel AP (1)\n")
     assert "*screw, MVTec AD: an independent rerun of the authors' code* |  |  | 0.9800 | 0.6230 |" in table
     assert published_rows(["screw", "my_part"]) == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "defined", "remark"),
+    [
+        ("test/good", {"pixel"}, "image metrics are NaN: of the pictures with a score 3 are defective and 0 good"),
+        ("test/scratch", set(), "image metrics are NaN: of the pictures with a score 0 are defective and 2 good"),
+        ("ground_truth", {"image"}, "3 of 5 pictures are defective without a usable mask: not in the pixel metrics"),
+    ],
+)
+@pytest.mark.parametrize("method", ["exact", "streaming"])
+def test_what_a_dataset_lacks_is_said(
+    missing: str, defined: set[str], remark: str, method: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(data / missing)
+    (result,) = evaluate(model, data, tmp_path / "Ausgabe für Ä", method=method)  # type: ignore[arg-type]
+    its = {name: math.isnan(value) for name, value in result.metrics.items() if name.startswith(("image_", "pixel_"))}
+    assert {name.split("_")[0] for name, undefined in its.items() if not undefined} == defined
+    assert any(line.startswith(remark) for line in result.remarks)
+    assert f"- part: {remark}" in markdown_table([result])
+    write_evaluation_report([result], data, None, tmp_path / "Ausgabe für Ä", {})
+    page = (tmp_path / "Ausgabe für Ä" / "report.html").read_text(encoding="utf-8")
+    assert remark in page and ("false alarm" in page or "passed" in page) == (missing != "test/good")
+
+
+def test_unusable_output_and_networks_are_said_at_once(
+    model: Path, data: Path, tmp_path: Path, tiny_pipeline: DiffusionADPipeline
+) -> None:
+    (tmp_path / "file").touch()
+    outputs = [(tmp_path / "file", "Not a directory|exists")]
+    if os.path.isdir("/proc/self"):  # nobody can make a folder there, not even root, whom permissions do not stop
+        outputs.append((Path("/proc/self/evaluation"), "No such file"))
+    for output, reason in outputs:
+        with pytest.raises(ValueError, match=rf"{output} cannot be written to \(.*({reason}).*\): choose another"):
+            evaluate(tmp_path / "no model", data, output)
+
+    with torch.no_grad():
+        tiny_pipeline.segmentation.conv_out.bias.fill_(math.nan)
+    tiny_pipeline.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match=r"good/0\.png, .*scratch/2\.png: the networks gave NaN"):
+        evaluate(tmp_path / "broken", data, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.npz"))
+
+
+def test_a_mask_of_another_size_is_named(model: Path, data: Path, tmp_path: Path) -> None:
+    Image.new("L", (24, 20), 255).save(data / "ground_truth" / "scratch" / "0_mask.png")
+    for at_model_size in (False, True):
+        with pytest.raises(ValueError, match=r"scratch/0\.png has 48 x 40 pixels and its mask .*0_mask\.png 24 x 20"):
+            evaluate(model, data, tmp_path / "out", at_model_size=at_model_size)
+
+
+def test_categories_and_files_that_are_none(model: Path, data: Path, tmp_path: Path) -> None:
+    for path, category, said in (
+        (data.parent, "prat", "has no category 'prat'; it has: part; did you mean part?"),
+        (data / "test" / "good" / "0.png", None, "is not a folder"),
+    ):
+        arguments = ["evaluate", "--model", str(model), "--data", str(path), "--output", str(tmp_path / "out")]
+        result = CliRunner().invoke(app, arguments + (["--category", category] if category else []))
+        assert result.exit_code == 2 and said in result.output and not (tmp_path / "out").exists()
 
 
 def test_no_test_pictures(model: Path, data: Path, tmp_path: Path) -> None:

@@ -177,6 +177,15 @@ def test_the_reference_is_undefined_where_it_reaches_no_false_positive() -> None
             assert math.isnan(reference_au_pro(maps, masks))
 
 
+@pytest.mark.parametrize("lowest", [-1.0, 0.0, 5e-324, 0.25])
+def test_the_threshold_of_the_best_f1_calls_what_it_was_chosen_for(lowest: float) -> None:
+    above = float(np.nextafter(lowest, 1))
+    for scores, labels in (([lowest, above], [1, 1]), ([lowest, above], [0, 1]), ([lowest, lowest], [1, 0])):
+        value, threshold = f1_max(np.array(labels), np.array(scores))
+        called = np.array(scores) > threshold
+        assert value == 2 * (called & np.array(labels, dtype=bool)).sum() / (called.sum() + sum(labels))
+
+
 def test_f1_max_threshold_separates() -> None:
     labels, scores = np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.6, 0.9])
     assert f1_max(labels, scores) == (1.0, pytest.approx(0.4))
@@ -215,8 +224,18 @@ def test_tensors_give_what_arrays_give(method: str) -> None:
     assert evaluate_maps(list(maps), masks * np.uint8(255), list(scores), [1, 1, 0], method=method) == expected
     tensors = [torch.tensor(a) for a in (maps, masks, scores)]
     assert evaluate_maps(*tensors, torch.tensor([1, 1, 0]), method=method) == expected
-    half = evaluate_maps(tensors[0].bfloat16(), tensors[1], method=method)
-    assert half == evaluate_maps(tensors[0].bfloat16().float().numpy(), masks, method=method)
+    half = [tensor.bfloat16() for tensor in tensors]
+    full = [tensor.float().numpy() for tensor in half]
+    expected = evaluate_maps(full[0], full[1], full[2], method=method)
+    assert evaluate_maps(*half, method=method) == expected
+    assert evaluate_maps(list(half[0]), list(half[1]), list(half[2]), method=method) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
+def test_whole_numbers_keep_their_order(dtype: type) -> None:
+    maps = np.arange(16).reshape(1, 4, 4) + (2**25 if np.iinfo(dtype).max > 2**25 else 0)  # tied in float32
+    masks = maps > maps.max() - 3
+    assert evaluate_maps(maps.astype(dtype), masks) == dict.fromkeys(evaluate_maps(maps, masks), 1.0)
 
 
 def test_a_picture_without_a_mask_counts_in_the_image_metrics_alone() -> None:
@@ -274,6 +293,10 @@ def test_bad_input() -> None:
         evaluate_maps([maps[0] * np.nan, maps[1]], [good, bad], [0, 1])
     with pytest.raises(ValueError, match="2 maps and 3 scores"):
         evaluate_maps(maps, [good, bad], [0, 1, 2])
+    for limit in (0, -0.1, 1.5, math.nan):
+        for method in ("exact", "streaming", "reference"):
+            with pytest.raises(ValueError, match="give one above 0, and at most 1"):
+                evaluate_maps(maps, [good, bad], fpr_limits=[limit], method=method)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no method 'fast'"):
         evaluate_maps(maps, [good, bad], method="fast")  # type: ignore[arg-type]
 

@@ -105,6 +105,22 @@ def test_merging_is_one_pass() -> None:
     assert empty.compute() == expected
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.permutations(range(12)), st.lists(st.integers(0, 12), max_size=3))
+def test_neither_order_nor_shares_change_a_bit(order: list[int], cuts: list[int]) -> None:
+    """As with any number of processes: each counts a share, and the shares are merged."""
+    maps, masks, scores = random_pictures(12)
+    expected = evaluate_maps(maps, masks, scores, method="streaming")
+    merged = StreamingAnomalyMetrics()
+    bounds = [0, *sorted(cuts), 12]
+    for first, last in reversed(list(zip(bounds, bounds[1:]))):
+        share, chosen = StreamingAnomalyMetrics(), order[first:last]
+        if chosen:
+            share.update(maps[chosen], masks[chosen], scores[chosen])
+        merged.merge(share)
+    assert merged.compute() == expected
+
+
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
 def test_pictures_without_mask_or_score() -> None:
     maps, masks, scores = random_pictures(9)

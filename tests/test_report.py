@@ -96,6 +96,7 @@ def category(name: str, threshold: float | None = 0.5, metrics: dict[str, float]
     return CategoryReport(
         name=name,
         metrics=metrics or {"image_auroc": 0.8, "image_ap": 0.9, "pixel_auroc": float("nan"), "pixel_ap": 0.25},
+        remarks=["2 of 8 pictures are defective without a usable mask"] if threshold is None else [],
         image_threshold=threshold,
         scores=SCORES,
         labels=LABELS,
@@ -257,8 +258,8 @@ def test_curves_tables_and_verdicts(page) -> None:
     stain = roc_auc_score([0, 0, 0, 1, 1], SCORES[:5])
     assert [row[:5] for row in rows] == [
         ["good", "3", "0.3333", "33.3 %", "–"],
-        ["stain", "2", "0.485", "50.0 %", f"{stain:.4f}"],
-        [HOSTILE, "3", "0.85", "100.0 %", "1.0000"],
+        ["stain", "2", "0.4850", "50.0 %", f"{stain:.4f}"],
+        [HOSTILE, "3", "0.8500", "100.0 %", "1.0000"],
     ]
     assert page.get_by_text("Above the threshold: 4 of 5 defective and 1 of 3 good pictures.").count() == 1
     bars = page.locator("rect.bar title").all_text_contents()
@@ -290,6 +291,7 @@ def test_the_mean_leaves_undefined_values_out(page) -> None:
         "AU-PRO 0.3": "0.5000 (1 of 3)",
     }
     assert "left out of the mean" in table.locator("caption").inner_text()
+    assert page.locator(".remarks").all_inner_texts() == ["2 of 8 pictures are defective without a usable mask"]
     table.get_by_role("link", name="wood").click()
     assert page.evaluate("document.querySelector(':target h2').innerText") == "wood"
     assert page.locator("details[open]").count() == 0
@@ -319,6 +321,17 @@ def test_gallery_groups() -> None:
         BORDERLINE: [2],
         CLEAR_DEFECTS: [3],
     }
+
+
+def test_gallery_of_one_kind_of_pictures() -> None:
+    assert choose_gallery([0.1, 0.4], [0, 0], None) == {
+        WEAK_DEFECTS: [],
+        ALARMING_GOOD: [1, 0],
+        BORDERLINE: [],
+        CLEAR_DEFECTS: [],
+    }
+    groups = choose_gallery([0.1, 0.4, 0.9], [1, 1, 1], 0.5)
+    assert groups[WEAK_DEFECTS] == [0] and groups[BORDERLINE] == [1] and groups[CLEAR_DEFECTS] == [2]
 
 
 def test_gallery_without_a_threshold() -> None:

@@ -203,7 +203,9 @@ def evaluate(
     at_model_size: Annotated[
         bool, typer.Option("--at-model-size", help="Compare at the model's size, not at the pictures' own.")
     ] = False,
-    num_noise_samples: Annotated[int, typer.Option(min=1, help="Noises that a prediction is the mean of.")] = 1,
+    num_noise_samples: Annotated[
+        int, typer.Option(min=1, help="Noises that a prediction is the mean of: an ensemble.")
+    ] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one pass of the networks.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... Default: a GPU if there is one.")] = None,
     report: Annotated[bool, typer.Option(help="Also write report.html, to look at.")] = True,
@@ -256,15 +258,7 @@ def evaluate(
     except USER_ERRORS as error:
         fail(error)
     for result in results:
-        if result.unmasked:
-            console.print(
-                f"{result.category}: {result.unmasked} of {len(result.rows)} pictures are defective without a usable "
-                "mask: not in the pixel metrics"
-            )
-        console.print(
-            f"{result.category}: {result.seconds:.3f} s a picture in the pipeline (median), at most "
-            f"{result.memory / 2**20:.0f} MiB of memory"
-        )
+        console.print(f"{result.category}: {results_table.cost(result)}")
         for failure in result.failures:
             console.print(f"not judged: {failure}", style="yellow")
     console.print(f"tables{' and report.html' if report else ''} are in {output}")

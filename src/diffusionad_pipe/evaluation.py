@@ -11,9 +11,11 @@ import logging
 import os
 import resource
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -23,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from PIL import Image, ImageOps
+from sklearn.exceptions import UndefinedMetricWarning
 from tqdm.auto import tqdm
 
 from .data import load_anomaly_dataset, read_mask
 from .image_files import ImageFileError, open_image, write_atomically
 from .image_processor import DiffusionADImageProcessor
-from .metrics import evaluate_maps, rank_pixels
+from .metrics import measure, rank_pixels
 from .metrics_streaming import StreamingAnomalyMetrics
 from .operating_points import rank
 from .pipeline_diffusionad import DiffusionADPipeline
@@ -73,7 +76,9 @@ class CategoryResult(NamedTuple):
             index, its row in the test split.
         unmasked: defective pictures without a usable mask, which the pixel metrics leave out.
         failures: sentences on pictures that could not be read.
+        remarks: sentences on what the metrics leave out, and on why one is not defined.
         seconds: median time of a picture in the pipeline.
+        metrics_seconds: time of all metrics and curves, without reading maps and masks.
         memory: the most bytes that a process held while predicting.
         roc: `"image"` and `"pixel"` → (false-positive rate, true-positive rate), thinned for drawing.
         precision_recall: the same → (recall, precision).
@@ -86,7 +91,9 @@ class CategoryResult(NamedTuple):
     rows: list[dict[str, Any]]
     unmasked: int
     failures: list[str]
+    remarks: list[str]
     seconds: float
+    metrics_seconds: float
     memory: int
     roc: dict[str, Curve]
     precision_recall: dict[str, Curve]
@@ -115,6 +122,18 @@ class TestPictures:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the files' contents, wherever they lie: stored predictions of other pictures are worth nothing."""
+        digest = hashlib.sha256()
+        for cell in self.cells["image"]:
+            try:
+                content = Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
+            except OSError:  # said when the picture is to be judged
+                content = b""
+            digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
+
     def picture(self, index: int) -> Image.Image:
         """Decoded; raises ImageFileError."""
         cell = self.cells[index]["image"]
@@ -122,11 +141,18 @@ class TestPictures:
 
     def mask(self, index: int, size: tuple[int, int]) -> np.ndarray | None:
         """Booleans `[h, w]`: nothing for a good picture; None where nobody marked the defect of a defective one, so
-        that nothing is known of its pixels and calling them all good would be wrong."""
+        that nothing is known of its pixels and calling them all good would be wrong; raises ValueError for another
+        size."""
         cell = self.cells[index]["mask"]
         if cell is None:
             return None if self.labels[index] else np.zeros(size, dtype=bool)
         mask = read_mask(cell["path"] if cell["bytes"] is None else Image.open(io.BytesIO(cell["bytes"])))
+        if mask.shape != size:
+            (height, width), (own_height, own_width) = size, mask.shape
+            raise ValueError(
+                f"{self.paths[index]} has {width} x {height} pixels and its mask {cell['path']} {own_width} x "
+                f"{own_height}; make the mask again at the picture's size"
+            )
         return None if self.labels[index] and not mask.any() else mask
 
 
@@ -166,7 +192,7 @@ def evaluate(
             resized bilinearly and only what is exactly 1 kept, the mean of 50 pixels as the score, and their PRO.
         method: of the metrics, `"exact"` or `"streaming"`, see [`evaluate_maps`]; the reference protocol has its own.
         at_model_size: compare maps and masks (nearest) at the model's size, not at the pictures' own.
-        num_noise_samples: noises that every prediction is the mean of.
+        num_noise_samples: independent noises that every prediction is the mean of: an ensemble.
         batch_size: pictures in one pass.
         device: None takes a GPU where there is one.
 
@@ -174,11 +200,12 @@ def evaluate(
         One result a category; none in the processes that are not the main one.
 
     Raises:
-        ValueError: names what is missing.
+        ValueError: names what is missing, what cannot be written to, or the pictures that the networks give NaN for.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be {' or '.join(PROTOCOLS)}, not {protocol!r}")
     categories = load_test_pictures(data, category)
+    _require_writable(Path(output))
     state = PartialState()
     if model is not None:
         models = find_models(model, [pictures.category for pictures in categories])
@@ -232,10 +259,10 @@ def predict_category(
         "protocol": protocol,
         "num_noise_samples": num_noise_samples,
         "batch_size": batch_size,
-        "pictures": hashlib.sha256("\n".join(pictures.paths).encode()).hexdigest(),
     }
     stored = folder / "settings.json"
     if state.is_main_process:
+        settings["pictures"] = pictures.digest
         folder.mkdir(parents=True, exist_ok=True)
         kept = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
         if {name: kept.get(name) for name in settings} != settings:
@@ -265,9 +292,12 @@ def predict_category(
         if not readable:
             continue
         started = time.perf_counter()
-        output = pipe(
-            torch.cat(tensors), output_type="pt", num_noise_samples=num_noise_samples, batch_size=len(readable)
-        )
+        try:
+            output = pipe(
+                torch.cat(tensors), output_type="pt", num_noise_samples=num_noise_samples, batch_size=len(readable)
+            )
+        except ValueError as error:  # which pictures, it cannot know
+            raise ValueError(f"{', '.join(pictures.paths[index] for index in readable)}: {error}") from error
         seconds = (time.perf_counter() - started) / len(readable)
         scores = output.anomaly_scores
         if protocol == "reference":
@@ -317,14 +347,17 @@ def measure_category(
     settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
     if settings.get("protocol") != protocol:
         raise ValueError(f"{folder} has no predictions under the protocol {protocol}: give the model")
+    if settings["pictures"] != pictures.digest:
+        raise ValueError(f"{folder} has predictions of other pictures than these test pictures: give the model")
     threshold = settings["image_threshold"]
     processor = DiffusionADImageProcessor()
-    streaming = StreamingAnomalyMetrics() if method == "streaming" and protocol != "reference" else None
+    reference = protocol == "reference"
+    streaming = StreamingAnomalyMetrics() if method == "streaming" and not reference else None
     rows: list[dict[str, Any]] = []
     maps: list[np.ndarray] = []
     masks: list[np.ndarray | None] = []
     failures, seconds, memory = [], [], 0
-    unmasked = 0
+    unmasked, metrics_seconds = 0, 0.0
     for index, path in enumerate(pictures.paths):
         failure = _stored(folder, index).with_suffix(".txt")
         if failure.is_file():
@@ -335,15 +368,17 @@ def measure_category(
         prediction = read_prediction(folder, index)
         anomaly_map = torch.from_numpy(prediction.anomaly_map)[None, None]  # [1, 1, S, S]
         mask = pictures.mask(index, prediction.size)
-        if protocol == "reference" or at_model_size:
+        if reference or at_model_size:
             size = prediction.anomaly_map.shape
             if mask is not None:
-                mask = _resize_mask(mask, size, eroded=protocol == "reference")
+                mask = _resize_mask(mask, size, eroded=reference)
         else:
             anomaly_map = processor.resize_to(anomaly_map, [prediction.size])[0][None]
         label, score = pictures.labels[index], prediction.score
         if streaming is not None:
+            started = time.perf_counter()
             streaming.update(anomaly_map[0, 0], mask, score, label)
+            metrics_seconds += time.perf_counter() - started
         else:
             maps.append(anomaly_map[0, 0].numpy())
             masks.append(mask)
@@ -358,14 +393,29 @@ def measure_category(
     if not rows:
         raise ValueError(f"none of the {len(failures)} test pictures of {pictures.category} could be read")
     scores, labels = np.array([row["score"] for row in rows]), np.array([row["label"] for row in rows], dtype=bool)
-    if streaming is not None:
-        metrics, pixels = streaming.compute(), streaming.operating_points()
-    else:
-        metrics = evaluate_maps(maps, masks, scores, labels, method="reference" if protocol == "reference" else "exact")
-        pixels = rank_pixels(check_pictures(maps, masks))
+    remarks = []
+    if unmasked:
+        remarks.append(
+            f"{unmasked} of {len(rows)} pictures are defective without a usable mask: not in the pixel metrics"
+        )
+    if failures:
+        remarks.append(f"{len(failures)} of {len(pictures)} test pictures could not be read: not in any metric")
+    started = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UndefinedMetricWarning)
+        if streaming is not None:
+            metrics, pixels = streaming.compute(), streaming.operating_points()
+        else:
+            checked = check_pictures(maps, masks, scores, labels)
+            pixels = rank_pixels(checked)
+            metrics = measure(checked, pixels, reference=reference)
+    remarks += [str(warning.message) for warning in caught]
+    points = {"image": rank(scores[labels], scores[~labels]), "pixel": pixels}
+    roc = {name: its.roc_curve() for name, its in points.items()}
+    precision_recall = {name: its.precision_recall_curve() for name, its in points.items()}
+    metrics_seconds += time.perf_counter() - started
     if threshold is not None:
         metrics["right_decisions"] = float(((scores > threshold) == labels).mean())
-    points = {"image": rank(scores[labels], scores[~labels]), "pixel": pixels}
     return CategoryResult(
         category=pictures.category,
         metrics=metrics,
@@ -373,12 +423,23 @@ def measure_category(
         rows=rows,
         unmasked=unmasked,
         failures=failures,
+        remarks=remarks,
         seconds=float(np.median(seconds)),
+        metrics_seconds=metrics_seconds,
         memory=memory,
-        roc={name: its.roc_curve() for name, its in points.items()},
-        precision_recall={name: its.precision_recall_curve() for name, its in points.items()},
+        roc=roc,
+        precision_recall=precision_recall,
         pro=pixels.pro_curve(),
     )
+
+
+def _require_writable(folder: Path) -> None:
+    """Fail before hours of work rather than after them."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to ({error.strerror}): choose another output folder") from error
 
 
 def _stored(folder: Path, index: int) -> Path:
@@ -393,11 +454,16 @@ def _preprocess(picture: Image.Image, side: int, protocol: str) -> tuple[torch.T
         return tensor, sizes[0]
     picture = ImageOps.exif_transpose(picture)
     tensor, sizes = processor.preprocess(picture, picture.height, picture.width)
-    return F.interpolate(tensor, (side, side), mode="bilinear", align_corners=False), sizes[0]
+    return _resize_8_bit(tensor, (side, side)), sizes[0]
 
 
 def _resize_mask(mask: np.ndarray, size: tuple[int, ...], *, eroded: bool) -> np.ndarray:
     tensor = torch.from_numpy(mask).float()[None, None]
     if not eroded:
         return F.interpolate(tensor, size, mode="nearest-exact")[0, 0].bool().numpy()
-    return (F.interpolate(tensor, size, mode="bilinear", align_corners=False)[0, 0] == 1).numpy()
+    return (_resize_8_bit(tensor, size)[0, 0] == 1).numpy()
+
+
+def _resize_8_bit(tensor: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """Bilinear, without antialiasing and with 8 bits, as the authors' `cv2.resize` of pictures and masks."""
+    return F.interpolate(tensor, size, mode="bilinear", align_corners=False).mul(255).round().div(255)

@@ -14,6 +14,7 @@ from .image_files import PathLike
 from .image_processor import DiffusionADImageProcessor
 from .model_card import METRIC_NAMES
 from .report import CategoryReport, GalleryPicture, choose_gallery, write_report
+from .results_table import cost
 
 
 def write_evaluation_report(
@@ -34,14 +35,15 @@ def write_evaluation_report(
         for result, pictures in zip(results, load_test_pictures(data, category))
     ]
     name = os.path.basename(os.path.abspath(data))
-    write_report(output / "report.html", f"DiffusionAD on {name}", reports, configuration)
+    costs = {"times and memory": {result.category: cost(result) for result in results}}
+    write_report(output / "report.html", f"DiffusionAD on {name}", reports, {**configuration, **costs})
 
 
 def category_report(result: CategoryResult, pictures: TestPictures, folder: Path) -> CategoryReport:
     """The report of one category, from its stored predictions in `folder`."""
     scores, labels = ([row[name] for row in result.rows] for name in ("score", "label"))
     pixel_threshold = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["pixel_threshold"]
-    groups = choose_gallery(scores, labels, result.image_threshold) if len(set(labels)) == 2 else {}
+    groups = choose_gallery(scores, labels, result.image_threshold)
     gallery = [
         _draw(group, result.rows[position]["index"], pictures, folder, pixel_threshold)
         for group, positions in groups.items()
@@ -50,6 +52,7 @@ def category_report(result: CategoryResult, pictures: TestPictures, folder: Path
     return CategoryReport(
         name=result.category,
         metrics={name: value for name, value in result.metrics.items() if name in METRIC_NAMES},
+        remarks=result.remarks,
         image_threshold=result.image_threshold,
         scores=scores,
         labels=labels,

@@ -47,7 +47,7 @@ def evaluate_maps(
         good or without defective pictures, and the pixel metrics without good or without defective pixels.
 
     Raises:
-        ValueError: for a method that does not exist, and as [`check_pictures`].
+        ValueError: for a method or a limit that does not exist, and as [`check_pictures`].
     """
     if method not in ("exact", "streaming", "reference"):
         raise ValueError(f"there is no method {method!r}: use exact, streaming or reference")
@@ -56,11 +56,29 @@ def evaluate_maps(
         streaming.update(anomaly_maps, masks, image_scores, labels)
         return streaming.compute()
     pictures = check_pictures(anomaly_maps, masks, image_scores, labels)
-    metrics = {} if image_scores is None else image_metrics(pictures.scores, pictures.labels)
-    points = rank_pixels(pictures)
+    return measure(pictures, rank_pixels(pictures), fpr_limits, reference=method == "reference")
+
+
+def measure(
+    pictures: ScoredPictures,
+    points: OperatingPoints,
+    fpr_limits: Sequence[float] = (0.3, 0.05),
+    *,
+    reference: bool = False,
+) -> dict[str, float]:
+    """[`evaluate_maps`] for who needs the operating points as well, which take most of its time.
+
+    Args:
+        pictures: checked; with scores, or there are no image metrics.
+        points: of their pixels, by [`rank_pixels`].
+        fpr_limits: limits for the AU-PRO.
+        reference: whether that is [`reference_au_pro`].
+    """
+    metrics = image_metrics(pictures.scores, pictures.labels) if len(pictures.scores) else {}
     metrics |= pixel_metrics(points, fpr_limits)
-    if method == "reference" and points.defined:
-        metrics |= {f"au_pro_{limit:.2f}": reference_au_pro(anomaly_maps, masks, limit) for limit in fpr_limits}
+    if reference and points.defined:
+        limits = {f"au_pro_{limit:.2f}": limit for limit in fpr_limits}
+        metrics |= {name: reference_au_pro(pictures.maps, pictures.masks, limit) for name, limit in limits.items()}
     return metrics
 
 
@@ -91,8 +109,10 @@ def f1_max(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     best = int(np.argmax(f1[:-1]))
     # Every score from thresholds[best] on is called anomalous; the next lower one is not.
-    lower = thresholds[best - 1] if best > 0 else min(0.0, float(thresholds[0]))
-    return float(f1[best]), float((thresholds[best] + lower) / 2)
+    upper = float(thresholds[best])
+    lower = float(thresholds[best - 1]) if best > 0 else min(0.0, float(np.nextafter(upper, -np.inf)))
+    middle = (upper + lower) / 2
+    return float(f1[best]), middle if middle < upper else lower  # of neighbouring numbers the middle is one of them
 
 
 def au_pro(

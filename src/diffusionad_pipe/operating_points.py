@@ -61,7 +61,9 @@ class OperatingPoints(NamedTuple):
         return float(np.max(2 * self.true_positives / (self.true_positives + self.false_positives + self.positives)))
 
     def au_pro(self, fpr_limit: float) -> float:
-        """The area under the overlap over the false-positive rate up to a limit, divided by the limit."""
+        """The area under the overlap over the false-positive rate up to a limit in (0, 1], divided by the limit."""
+        if not 0 < fpr_limit <= 1:
+            raise ValueError(f"the limit of the false-positive rate is {fpr_limit}: give one above 0, and at most 1")
         if not self.defined:
             return float("nan")
         false_positives, _, pro = self.corners()

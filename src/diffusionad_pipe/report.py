@@ -68,6 +68,7 @@ class CategoryReport:
     Args:
         name: of the category.
         metrics: name of `METRIC_NAMES` → value, NaN where it is undefined; has the AUROC or AP of each curve below.
+        remarks: sentences on what the metrics leave out, and on why one is undefined.
         image_threshold: anomalous is `score > threshold`; None where the model has no threshold.
         scores: finite image score of each test picture.
         labels: of each, 1 where it is defective.
@@ -80,6 +81,7 @@ class CategoryReport:
 
     name: str
     metrics: dict[str, float]
+    remarks: Sequence[str]
     image_threshold: float | None
     scores: Sequence[float]
     labels: Sequence[int]
@@ -99,22 +101,23 @@ def choose_gallery(
 
     Args:
         scores: `[N]` image scores, larger is more anomalous.
-        labels: `[N]`, 1 where the picture is defective; both kinds are there.
-        threshold: of the image score; None takes the one with the best F1, for this choice alone.
+        labels: `[N]`, 1 where the picture is defective.
+        threshold: of the image score; None takes the one with the best F1, for this choice alone, and without
+            defective pictures none, so that nothing is borderline.
         count: pictures of a group at most.
 
     Returns:
         Heading of the group → indices of its pictures, the most telling first. Groups may be empty.
     """
     score, defective = np.asarray(scores, dtype=np.float64), np.asarray(labels).astype(bool)
-    if threshold is None:
+    if threshold is None and defective.any():
         threshold = f1_max(defective, score)[1]
     rising = np.argsort(score, kind="stable")
     falling = np.argsort(-score, kind="stable")
     candidates = {
         WEAK_DEFECTS: rising[defective[rising]],
         ALARMING_GOOD: falling[~defective[falling]],
-        BORDERLINE: np.argsort(np.abs(score - threshold), kind="stable"),
+        BORDERLINE: [] if threshold is None else np.argsort(np.abs(score - threshold), kind="stable"),
         CLEAR_DEFECTS: falling[defective[falling]],
     }
     chosen: dict[str, list[int]] = {group: [] for group in candidates}
@@ -313,7 +316,7 @@ def _defect_types(
 ) -> list[dict[str, Any]]:
     """One row for the good pictures and one for each defect type, the hardest to detect first."""
     types = np.asarray(category.defect_types)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label, name in dict.fromkeys(zip(defective.tolist(), category.defect_types)):
         own = (defective == label) & (types == name)
         compared = own | ~defective
@@ -325,7 +328,9 @@ def _defect_types(
                 "count": int(own.sum()),
                 "mean": score[own].mean(),
                 "above": above,
-                "auroc": float(roc_auc_score(defective[compared], score[compared])) if label else None,
+                "auroc": float(roc_auc_score(defective[compared], score[compared]))
+                if label and not defective.all()
+                else None,
                 "range": f"{own.sum()} scores from {score[own].min():.4g} to {score[own].max():.4g}",
                 "strip": "".join(f"M{x:.1f} 0v16" for x in position[own]),
             }

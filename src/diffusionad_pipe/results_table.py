@@ -73,7 +73,7 @@ def result_rows(results: Sequence[CategoryResult]) -> list[dict[str, Any]]:
 
 
 def markdown_table(results: Sequence[CategoryResult]) -> str:
-    """The rows of [`result_rows`], then what was published; a metric that is not defined or not known is a dash."""
+    """The rows of [`result_rows`], what was published, and remarks; a metric that is not defined or known is a dash."""
     rows = result_rows(results)
     names = [name for name in METRIC_NAMES if any(name in row for row in rows)]
 
@@ -88,16 +88,23 @@ def markdown_table(results: Sequence[CategoryResult]) -> str:
     published = published_rows([result.category for result in results])
     lines += [line(f"*{title}*", "", "", metrics) for title, metrics in published]
     text = "\n".join(lines) + "\n"
-    undefined = [
-        f"{METRIC_NAMES[name]} ({', '.join(r.category for r in results if math.isnan(r.metrics.get(name, 0)))})"
-        for name in names
-        if any(math.isnan(result.metrics.get(name, 0)) for result in results)
-    ]
-    if undefined:
-        text += f"\nNot defined, and left out of the mean: {'; '.join(undefined)}.\n"
     if published:
         text += "\nPublished figures are of the benchmark's full test set and of the paper's full-size networks.\n"
-    return text
+    remarks = [f"- {result.category}: {remark}" for result in results for remark in result.remarks]
+    if len(results) > 1:
+        undefined = {name: sum(math.isnan(result.metrics.get(name, 0)) for result in results) for name in names}
+        counts = [f"{METRIC_NAMES[name]} ({count})" for name, count in undefined.items() if count]
+        if counts:
+            remarks.append(f"- categories left out of a mean, since a metric is NaN there: {', '.join(counts)}")
+    return text + "\n" * bool(remarks) + "".join(f"{remark}\n" for remark in remarks)
+
+
+def cost(result: CategoryResult) -> str:
+    """Times and memory in one sentence; these differ from run to run, the tables do not."""
+    return (
+        f"{result.seconds:.3g} s a picture in the pipeline (median), {result.metrics_seconds:.3g} s for the metrics, "
+        f"at most {result.memory / 2**20:.0f} MiB of memory"
+    )
 
 
 def write_tables(results: Sequence[CategoryResult], output: Path, settings: dict[str, Any]) -> None:
@@ -111,7 +118,15 @@ def write_tables(results: Sequence[CategoryResult], output: Path, settings: dict
     rows = result_rows(results)
     columns = ["category", "good", "defective"] + [name for name in METRIC_NAMES if any(name in row for row in rows)]
     scores = [{"category": result.category} | row for result in results for row in result.rows]
-    measured = {r.category: {"seconds_per_picture": r.seconds, "peak_memory_bytes": r.memory} for r in results}
+    measured = {
+        result.category: {
+            "remarks": result.remarks,
+            "seconds_per_picture": result.seconds,
+            "seconds_for_metrics": result.metrics_seconds,
+            "peak_memory_bytes": result.memory,
+        }
+        for result in results
+    }
     # JSON has no NaN.
     plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
     plain = [row | measured.get(str(row["category"]), {}) for row in plain]

@@ -101,8 +101,15 @@ def _as_tensor(values: Any) -> torch.Tensor:
     tensor = (
         values.detach() if isinstance(values, torch.Tensor) else torch.from_numpy(np.require(values, None, ["C", "W"]))
     )
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    # Integers above 2**24 would tie in float32.
+    least = torch.float32 if tensor.is_floating_point() else torch.float64
+    return tensor.to(torch.promote_types(tensor.dtype, least))
 
 
 def _on_cpu(values: Any) -> np.ndarray:
-    return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        return (values.double() if values.is_floating_point() else values).numpy()  # NumPy has no bfloat16
+    if isinstance(values, list | tuple):
+        values = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
+    return np.asarray(values)
