@@ -25,6 +25,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from diffusionad_pipe import (  # noqa: E402
+    DiffusionADImageProcessor,
     DiffusionADPipeline,
     DiffusionADUNet2DModel,
     NormGuidedOneStepScheduler,
@@ -251,10 +252,23 @@ def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubS
 
 
 @pytest.fixture
+def processor() -> DiffusionADImageProcessor:
+    return DiffusionADImageProcessor()
+
+
+@pytest.fixture
 def saved(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> Path:
     """The folder of the saved tiny pipeline."""
     tiny_pipeline.save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
+
+
+@pytest.fixture
+def saved_segformer(tiny_pipeline: DiffusionADPipeline, tiny_segformer: nn.Module, tmp_path: Path) -> Path:
+    """The folder of the tiny pipeline with a SegFormer, saved."""
+    tiny_pipeline.register_modules(segmentation=tiny_segformer)
+    tiny_pipeline.save_pretrained(tmp_path / "segformer")
+    return tmp_path / "segformer"
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """Pipelines come from the Hub and go to it: real requests to a server on this machine."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from saved_files import Payload
 
 from diffusionad_pipe import DiffusionADPipeline, WeightsFileError
 
@@ -180,14 +180,6 @@ def test_hub_that_does_not_answer(hub_server):
     hub_server.server.server_close()
     with pytest.raises(LocalEntryNotFoundError, match="check your internet connection"):
         DiffusionADPipeline.from_pretrained(REPO)
-
-
-class Payload:
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_safetensors": None}, {"use_safetensors": False}])

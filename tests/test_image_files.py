@@ -3,7 +3,6 @@
 import gc
 import os
 import struct
-import time
 import warnings
 import zlib
 from pathlib import Path
@@ -136,6 +135,16 @@ def test_refuses_truncated_files(tmp_path, name):
         open_image(path)
 
 
+def test_a_tiff_that_pillow_cannot_read_is_not_called_damaged(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.zeros((16, 20), np.float32)).save(path)
+    bits = struct.pack("<HHIHH", 258, 3, 1, 32, 0)  # the tag BitsPerSample
+    assert bits in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(bits, struct.pack("<HHIHH", 258, 3, 1, 64, 0)))
+    with pytest.raises(ImageFileError, match="cannot read pixels of this kind; save it as a PNG"):
+        open_image(path)
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
 def test_refuses_animations_and_pages(tmp_path, name):
     PICTURE.save(tmp_path / name, save_all=True, append_images=[PICTURE.rotate(180)])
@@ -174,10 +183,8 @@ def test_refuses_what_may_not_be_read(tmp_path):
 def test_refuses_giant_pictures_without_decoding(tmp_path):
     path = tmp_path / "giant.png"
     path.write_bytes(png_header(20_000, 20_000))
-    start = time.monotonic()
     with pytest.raises(ImageFileError, match=r"20000 x 20000 pixels.*raise max_pixels \(--max-pixels\)"):
-        open_image(path)
-    assert time.monotonic() - start < 1
+        open_image(path)  # decoding would find no pixels, and another cause
 
 
 def test_the_limit_is_ours_and_not_that_of_pillow(tmp_path):

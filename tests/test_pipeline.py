@@ -149,6 +149,17 @@ def test_scales_and_guidance_are_used(tiny_pipeline: DiffusionADPipeline) -> Non
         ({"noise": torch.zeros(2, 1, 3, 32, 32), "num_noise_samples": 2}, "num_noise_samples=1"),
         ({"generator": [torch.Generator(), torch.Generator()]}, "2 generators for 1 pictures"),
         ({"output_type": "latent"}, "'pil', 'np' or 'pt'"),
+        ({"noise": np.zeros((2, 1, 3, 32, 32))}, "noise must be a tensor, not ndarray"),
+        ({"noise": torch.full((2, 1, 3, 32, 32), torch.nan)}, "the networks gave NaN for picture 0.*the noise"),
+        ({"guidance_scale": float("nan")}, "the networks gave NaN for picture 0.*guidance_scale"),
+        ({"generator": 0}, "generator=0 is none: use torch.Generator"),
+        ({"generator": [None]}, "generator=None is none"),
+        ({"small_timestep": 1.5}, "whole numbers, not 1.5"),
+        ({"large_timestep": "300"}, "whole numbers, not '300'"),
+        ({"batch_size": 2.5}, "whole numbers, not 2.5"),
+        ({"num_noise_samples": True}, "whole numbers, not True"),
+        ({"height": 0}, "height=0 is outside 1 ... 8192"),
+        ({"width": 32.5}, "width=32.5 is outside 1 ... 8192 whole pixels"),
         ({"height": 100_000}, "outside 1 ... 8192"),
         ({"width": -5}, "outside 1 ... 8192"),
     ],
@@ -173,15 +184,29 @@ def test_bad_pictures(tiny_pipeline: DiffusionADPipeline, picture, cause: str) -
         tiny_pipeline(picture)
 
 
+def test_broken_weights_do_not_call_a_picture_good(tiny_pipeline: DiffusionADPipeline) -> None:
+    tiny_pipeline.register_to_config(image_threshold=0.5)
+    with torch.no_grad():
+        tiny_pipeline.segmentation.conv_out.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the networks gave NaN for picture 0: their weights"):
+        tiny_pipeline(pictures(2))
+
+
 def test_bad_configuration(tiny_pipeline: DiffusionADPipeline) -> None:
     parts = tiny_pipeline.components
     for options, cause in (
         ({"image_size": 10**9}, "outside 1"),
+        ({"image_size": "x"}, "image_size='x' is outside 1"),
         ({"score_top_k": 0}, "whole number"),
         ({"score_top_k": 2.5}, "whole number"),
+        ({"noise_seed": 2**64}, "64 bits"),
+        ({"image_threshold": float("nan")}, "image_threshold=nan must be a finite number"),
+        ({"pixel_threshold": "abc"}, "pixel_threshold='abc' must be a finite number"),
     ):
         with pytest.raises(ValueError, match=cause):
             DiffusionADPipeline(**{**parts, **options})
+    # NumPy's numbers are numbers.
+    DiffusionADPipeline(**{**parts, "image_size": np.int64(32), "image_threshold": np.float32(0.5)})
 
 
 def test_two_threads_share_a_pipeline(tiny_pipeline: DiffusionADPipeline) -> None:

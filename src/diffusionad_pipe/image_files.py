@@ -96,6 +96,8 @@ def decode_image(file: BinaryIO, path: PathLike, *, max_pixels: int = 100_000_00
     except ImageFileError:
         raise
     except Exception as error:  # damaged files fail in many ways in the depths of the decoders
+        if "unknown pixel mode" in str(error):  # a TIFF of float64, of float RGB, ...: whole, but not for Pillow
+            raise ImageFileError(f"{path}: Pillow cannot read pixels of this kind; save it as a PNG") from error
         raise ImageFileError(
             f"{path}: the picture is truncated or damaged ({error}); copy or download it again"
         ) from error

@@ -1,5 +1,6 @@
 """DiffusionAD as a diffusers pipeline: a picture in, an anomaly map and a score out, one denoising step between."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -19,6 +20,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from .acceleration import compile_networks, explained_out_of_memory, fastest_dtype
+from .config_values import is_finite, is_whole
 from .image_processor import DiffusionADImageProcessor
 from .prefetch import prefetched
 from .reference_checkpoint import build_networks, build_scheduler, read_checkpoint, write_checkpoint
@@ -94,10 +96,15 @@ class DiffusionADPipeline(DiffusionPipeline):
         pixel_threshold: float | None = None,
     ):
         super().__init__()
-        if not 1 <= image_size <= MAX_SIDE:
-            raise ValueError(f"image_size={image_size} is outside 1 ... {MAX_SIDE} pixels")
-        if score_top_k <= 0 or (score_top_k >= 1 and score_top_k != int(score_top_k)):
-            raise ValueError(f"score_top_k={score_top_k} must be a whole number of pixels, or a share below 1")
+        if not is_whole(image_size) or not 1 <= image_size <= MAX_SIDE:
+            raise ValueError(f"image_size={image_size!r} is outside 1 ... {MAX_SIDE} whole pixels")
+        if not is_finite(score_top_k) or score_top_k <= 0 or (score_top_k >= 1 and score_top_k != int(score_top_k)):
+            raise ValueError(f"score_top_k={score_top_k!r} must be a whole number of pixels, or a share below 1")
+        if not is_whole(noise_seed) or not -(2**63) <= noise_seed < 2**64:
+            raise ValueError(f"noise_seed={noise_seed!r} must be a whole number of 64 bits")
+        for name, threshold in (("image_threshold", image_threshold), ("pixel_threshold", pixel_threshold)):
+            if threshold is not None and not is_finite(threshold):
+                raise ValueError(f"{name}={threshold!r} must be a finite number, or None")
         self.register_modules(unet=unet, segmentation=segmentation, scheduler=scheduler)
         self.register_to_config(
             image_size=image_size,
@@ -181,8 +188,8 @@ class DiffusionADPipeline(DiffusionPipeline):
                 callback_on_step_end=callback_on_step_end,
             )
             return tiled if return_dict else _as_tuple(tiled)
-        height = self.round_size(height or self.config.image_size, "height")
-        width = self.round_size(width or self.config.image_size, "width")
+        height = self.round_size(self.config.image_size if height is None else height, "height")
+        width = self.round_size(self.config.image_size if width is None else width, "width")
 
         # 1. Pictures of any kind and size become one tensor.
         pictures, sizes = self.image_processor.preprocess(image, height, width)  # [N, 3, H, W] in [0, 1]
@@ -299,6 +306,12 @@ class DiffusionADPipeline(DiffusionPipeline):
         top_k = self.config.score_top_k
         pixels = int(top_k) if top_k >= 1 else round(top_k * (score_area or area))
         scores = maps.flatten(1).topk(min(max(pixels, 1), area)).values.mean(1)  # [N]
+        if not scores.isfinite().all():  # NaN is above no threshold, so the picture would pass as good
+            first = scores.isfinite().int().argmin()
+            raise ValueError(
+                f"the networks gave NaN for picture {first}: their weights, the noise or guidance_scale hold NaN, or "
+                "float16 overflowed; use others, or dtype=torch.bfloat16"
+            )
 
         # 2. Decisions, where thresholds are set; pixels are judged at the pictures' own sizes.
         masks: Any = None
@@ -363,8 +376,9 @@ class DiffusionADPipeline(DiffusionPipeline):
         if self.tiling is not None:
             yield from prefetched(self(image, output_type=output_type, **arguments) for image in prefetched(images))
             return
-        height = self.round_size(arguments.pop("height", None) or self.config.image_size, "height")
-        width = self.round_size(arguments.pop("width", None) or self.config.image_size, "width")
+        height, width = arguments.pop("height", None), arguments.pop("width", None)
+        height = self.round_size(self.config.image_size if height is None else height, "height")
+        width = self.round_size(self.config.image_size if width is None else width, "width")
 
         def preprocess() -> Iterator[tuple[torch.Tensor, list[tuple[int, int]]]]:
             remaining = iter(images)
@@ -440,6 +454,9 @@ class DiffusionADPipeline(DiffusionPipeline):
         output_type: str,
     ) -> None:
         """Raise a ValueError for arguments of `__call__` that cannot be used."""
+        for number in (small_timestep, large_timestep, num_noise_samples, batch_size):
+            if not is_whole(number):
+                raise ValueError(f"timesteps, num_noise_samples and batch_size are whole numbers, not {number!r}")
         last = len(self.scheduler) - 1
         if not 0 <= small_timestep < large_timestep <= last:
             raise ValueError(
@@ -448,12 +465,17 @@ class DiffusionADPipeline(DiffusionPipeline):
             )
         if num_noise_samples < 1 or batch_size < 1:
             raise ValueError(f"num_noise_samples={num_noise_samples} and batch_size={batch_size} must be at least 1")
+        if noise is not None and not isinstance(noise, torch.Tensor):
+            raise ValueError(f"noise must be a tensor, not {type(noise).__name__}: use torch.as_tensor(noise)")
         expected = (2, *pictures.shape)
         if noise is not None and (tuple(noise.shape) != expected or num_noise_samples != 1 or generator is not None):
             raise ValueError(
                 f"noise must be {list(expected)} ([2, B, 3, height, width], small scale first), not "
                 f"{list(noise.shape)}, without a generator and with num_noise_samples=1"
             )
+        for one in generator if isinstance(generator, list) else [generator]:
+            if not isinstance(one, torch.Generator) and generator is not None:
+                raise ValueError(f"generator={one!r} is none: use torch.Generator().manual_seed(0), or a list of them")
         if isinstance(generator, list) and len(generator) != len(pictures):
             raise ValueError(
                 f"{len(generator)} generators for {len(pictures)} pictures: give one for each, or one for all"
@@ -471,10 +493,10 @@ class DiffusionADPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a size below 1 or above 8192 pixels.
         """
+        if not is_whole(size) or not 1 <= size <= MAX_SIDE:
+            raise ValueError(f"{name}={size!r} is outside 1 ... {MAX_SIDE} whole pixels")
         divisor = lcm(self.unet.size_divisor, getattr(self.segmentation, "size_divisor", 32))
         rounded = max(divisor, round(size / divisor) * divisor)
-        if not 1 <= size <= MAX_SIDE:
-            raise ValueError(f"{name}={size} is outside 1 ... {MAX_SIDE} pixels")
         if rounded != size:
             logger.warning(f"{name}={size} is not a multiple of {divisor}, which the networks need: using {rounded}")
         return rounded
@@ -509,8 +531,12 @@ class DiffusionADPipeline(DiffusionPipeline):
             hub_arguments = ("cache_dir", "force_download", "local_files_only", "revision", "token", "variant")
             folder = cls.download(folder, **{k: kwargs[k] for k in hub_arguments if k in kwargs})
         passed = [name for name in COMPONENTS if name in kwargs]
-        check_pipeline_folder(folder, kwargs.get("variant"), passed)
+        index = check_pipeline_folder(folder, kwargs.get("variant"), passed)
+        names = inspect.signature(cls).parameters.keys() - set(COMPONENTS)
+        settings = {name: value for name, value in {**index, **kwargs}.items() if name in names}
+        without_parts: dict[str, Any] = {**settings, **dict.fromkeys(COMPONENTS)}
         try:
+            cls(**without_parts)  # an unusable setting is found before any weights are read
             pipeline = super().from_pretrained(folder, use_safetensors=True, **kwargs)
         except (TypeError, ValueError) as error:
             raise WeightsFileError(f"{Path(folder) / 'model_index.json'} cannot be used: {error}") from error

@@ -14,6 +14,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import betas_for_alpha_bar
 from diffusers.utils import BaseOutput
 
+from .config_values import is_finite, is_whole
+
 
 @dataclass
 class NormGuidedOneStepSchedulerOutput(BaseOutput):
@@ -55,7 +57,7 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
         clip_sample_range: half width of that range.
 
     Raises:
-        ValueError: for an unknown `beta_schedule` or `prediction_type`.
+        ValueError: for an unknown `beta_schedule` or `prediction_type`, and for values outside their ranges.
     """
 
     _compatibles = ["DDPMScheduler", "DDIMScheduler"]
@@ -78,8 +80,22 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
     ):
         if prediction_type not in ("epsilon", "sample", "v_prediction"):
             raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, not {prediction_type!r}")
-        if not 2 <= num_train_timesteps <= 1_000_000:
-            raise ValueError(f"num_train_timesteps={num_train_timesteps} is outside 2 ... 1000000")
+        if not is_whole(num_train_timesteps) or not 2 <= num_train_timesteps <= 1_000_000:
+            raise ValueError(f"num_train_timesteps={num_train_timesteps!r} is outside 2 ... 1000000")
+        if not (is_whole(small_timestep) and is_whole(large_timestep)) or not (
+            0 <= small_timestep < large_timestep < num_train_timesteps
+        ):
+            raise ValueError(
+                f"small_timestep={small_timestep!r} and large_timestep={large_timestep!r} must be whole numbers in "
+                f"order, 0 <= small < large <= {num_train_timesteps - 1}"
+            )
+        if not isinstance(clip_sample, bool):
+            raise ValueError(f"clip_sample={clip_sample!r} must be true or false")
+        if not is_finite(guidance_scale) or not is_finite(clip_sample_range) or clip_sample_range <= 0:
+            raise ValueError(
+                f"guidance_scale={guidance_scale!r} and clip_sample_range={clip_sample_range!r} must be finite, the "
+                "range above 0"
+            )
         # In float64, as the authors do: a float32 product of a thousand factors is off by 1e-6.
         if trained_betas is not None:
             betas = torch.as_tensor(np.asarray(trained_betas), dtype=torch.float64)
@@ -91,6 +107,8 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
             betas = betas_for_alpha_bar(num_train_timesteps).double()
         else:
             raise ValueError(f"beta_schedule must be linear, scaled_linear or squaredcos_cap_v2, not {beta_schedule!r}")
+        if betas.shape != (num_train_timesteps,) or not ((betas >= 0) & (betas < 1)).all():  # NaN is neither
+            raise ValueError(f"the betas must be {num_train_timesteps} numbers in [0, 1)")
         self.betas = betas.float()
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0).float()  # ᾱ, [T]
 

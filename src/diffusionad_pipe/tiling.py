@@ -127,7 +127,7 @@ def call_in_tiles(
         with pipe.image_processor.named(index, len(pictures)):
             array = pipe.image_processor.decode(picture)
         size = pipe.image_processor.size(array)
-        working = (height or size[0], width or size[1])
+        working = (size[0] if height is None else height, size[1] if width is None else width)
         if max(working) <= tiling.tile_size:
             outputs.append(untiled(picture, height=height, width=width, generator=own, **scales, **arguments))
             continue

@@ -17,6 +17,8 @@ from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from .config_values import is_finite, is_whole
+
 # Channel multipliers of the authors' network by picture side. Attention sits where the features are 32, 16 or
 # 8 pixels wide. The authors' code crashes at 512; here its first level really is half as wide as the base.
 CHANNEL_MULTIPLIERS: dict[int, tuple[float, ...]] = {
@@ -118,12 +120,16 @@ class DiffusionADUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError(
                 f"block_out_channels has {levels} levels, attention {len(attention)}, num_attention_heads {len(heads)}"
             )
+        if not is_whole(sample_size) or not is_whole(patch_size):
+            raise ValueError(f"sample_size={sample_size!r} and patch_size={patch_size!r} must be whole numbers")
         # A damaged or hostile config.json must not ask for terabytes: these bounds are far above any real use.
         if not (1 <= levels <= 10 and 1 <= layers_per_block <= 16 and 1 <= patch_size <= 64):
             raise ValueError(
                 f"not a UNet configuration: {levels} levels (1 to 10), layers_per_block={layers_per_block} (1 to 16), "
                 f"patch_size={patch_size} (1 to 64)"
             )
+        if not (is_finite(norm_eps) and norm_eps > 0 and is_finite(dropout) and 0 <= dropout < 1):
+            raise ValueError(f"norm_eps={norm_eps!r} must be above 0, and dropout={dropout!r} in [0, 1)")
         for channels, head_count in zip(block_out_channels, heads):
             if not 1 <= channels <= 4096 or channels % norm_num_groups or channels % head_count:
                 raise ValueError(

@@ -15,6 +15,8 @@ import torch
 from diffusers import ConfigMixin
 from safetensors import SafetensorError, safe_open
 
+from .config_values import is_whole
+
 # A model_index.json names Python modules that the loader imports. Ours, and the two libraries we accept parts from.
 TRUSTED_LIBRARIES = ("diffusionad_pipe", "diffusers", "transformers")
 COMPONENTS = ("unet", "segmentation", "scheduler")
@@ -48,13 +50,16 @@ def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def check_pipeline_folder(
     folder: str | os.PathLike[str], variant: str | None = None, passed: Collection[str] = ()
-) -> None:
+) -> dict[str, Any]:
     """Check every component of a saved pipeline.
 
     Args:
         folder: the folder with `model_index.json`.
         variant: the weights' variant, such as `"fp16"`; components without it use their plain weights.
         passed: names of components that do not come from the folder.
+
+    Returns:
+        What `model_index.json` holds.
 
     Raises:
         WeightsFileError: names the file, the cause and the cure.
@@ -98,14 +103,17 @@ def check_pipeline_folder(
             _check_transformers_model(folder / name, component_class, variant)
         else:
             _check_component(folder / name, component_class, variant)
+    return index
 
 
 def _check_component(folder: Path, component_class: type[ConfigMixin], variant: str | None) -> None:
     """Check a network or a scheduler that is built from diffusers' classes."""
     config_path = folder / component_class.config_name
-    config = _read_json(config_path)
+    config = _read_config(config_path)
+    # A network may be large; a scheduler is small, and looks at its numbers.
+    device = "meta" if issubclass(component_class, torch.nn.Module) else "cpu"
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             component = component_class.from_config(config)
     except (TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise WeightsFileError(
@@ -127,8 +135,13 @@ def _check_component(folder: Path, component_class: type[ConfigMixin], variant: 
 
 def _check_transformers_model(folder: Path, model_class: Any, variant: str | None) -> None:
     """transformers stores tensors under other names than its networks use, so it compares them itself."""
-    _read_json(folder / "config.json")
-    _read_shapes(folder, "model", variant)
+    config = _read_config(folder / "config.json")
+    shapes = _read_shapes(folder, "model", variant)
+    # transformers makes layers and labels one by one: with a damaged or hostile number it would not end.
+    depths = config.get("depths")
+    for number in [config.get("num_labels"), *(depths if isinstance(depths, list) else [depths])]:
+        if is_whole(number) and number > len(shapes):
+            raise _misfit(folder, f"{number} layers or labels, but {len(shapes)} tensors")
     options = {"variant": variant} if variant and any(folder.glob(f"*.{variant}*.safetensors")) else {}
     try:
         _, report = model_class.from_pretrained(
@@ -174,6 +187,13 @@ def _read_shapes(folder: Path, stem: str, variant: str | None) -> dict[str, tupl
             raise WeightsFileError(f"{folder / name} is missing, which {index_path.name} lists: download it again")
         shards[name] = read_safetensors_shapes(folder / name)
     return {key: shards[name][key] for key, name in weight_map.items() if key in shards[name]}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = _read_json(path)
+    if "quantization_config" in config:
+        raise WeightsFileError(f"{path} asks for quantized weights, which are not supported: take the plain ones")
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:

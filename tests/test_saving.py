@@ -1,0 +1,126 @@
+"""Saved pipelines load bit by bit, whatever their networks, dtype and variant."""
+
+import json
+
+import pytest
+import torch
+from saved_files import WEIGHTS, public, refused
+
+from diffusionad_pipe import (
+    DiffusionADPipeline,
+    DiffusionADUNet2DModel,
+    NormGuidedOneStepScheduler,
+    SegmentationUNet2DModel,
+)
+
+
+def test_round_trip(tiny_pipeline, saved, assert_same):
+    loaded = DiffusionADPipeline.from_pretrained(saved)
+    assert_same(tiny_pipeline, loaded)
+    assert not loaded.unet.training and not loaded.segmentation.training
+    assert_same(tiny_pipeline, DiffusionADPipeline.from_pretrained(str(saved) + "/"))
+
+
+def test_configs_survive(tmp_path, assert_same, tiny_pipeline):
+    unet = DiffusionADUNet2DModel(
+        sample_size=32,
+        patch_size=2,
+        block_out_channels=(8, 16),
+        attention=(True, False),
+        num_attention_heads=(2, 4),
+        layers_per_block=1,
+        time_embedding_channels=16,
+        norm_num_groups=4,
+        norm_eps=1e-6,
+        dropout=0.1,
+    )
+    unet.load_state_dict({key: torch.randn_like(value) * 0.3 for key, value in unet.state_dict().items()})
+    segmentation = SegmentationUNet2DModel(base_channels=8, norm_type="group", norm_num_groups=4)
+    scheduler = NormGuidedOneStepScheduler(
+        num_train_timesteps=100,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="sample",
+        small_timestep=10,
+        large_timestep=60,
+        guidance_scale=0.5,
+        clip_sample=False,
+    )
+    pipe = DiffusionADPipeline(unet.eval(), segmentation.eval(), scheduler, 32, 0.05, 3, 0.25, 0.75)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionADPipeline.from_pretrained(tmp_path)
+    assert_same(pipe, loaded)
+    for part in ("unet", "segmentation"):
+        before, after = getattr(pipe, part).config, getattr(loaded, part).config
+        assert json.dumps(public(before)) == json.dumps(public(after))  # a tuple comes back as a list
+
+
+def test_model_index(saved):
+    """The modules' names are part of the file format: moving a class makes every published model unreadable."""
+    index = json.loads((saved / "model_index.json").read_text())
+    del index["_diffusers_version"]
+    assert index == {
+        "_class_name": "DiffusionADPipeline",
+        "image_size": 32,
+        "image_threshold": None,
+        "noise_seed": 0,
+        "pixel_threshold": None,
+        "scheduler": ["diffusionad_pipe.scheduling_norm_guided_one_step", "NormGuidedOneStepScheduler"],
+        "score_top_k": 50,
+        "segmentation": ["diffusionad_pipe.unet_2d_segmentation", "SegmentationUNet2DModel"],
+        "unet": ["diffusionad_pipe.unet_2d_diffusionad", "DiffusionADUNet2DModel"],
+    }
+    files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    assert files == {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "segmentation/config.json",
+        "segmentation/diffusion_pytorch_model.safetensors",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+
+
+def test_no_path_of_this_machine_is_saved(saved, tmp_path):
+    DiffusionADPipeline.from_pretrained(saved).save_pretrained(tmp_path / "again")
+    for file in (tmp_path / "again").rglob("*.json"):
+        assert str(tmp_path) not in file.read_text(), file
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("network", ["unet_2d", "segformer"])
+def test_dtype(tiny_pipeline, tiny_segformer, tmp_path, dtype, network):
+    if network == "segformer":
+        tiny_pipeline.register_modules(segmentation=tiny_segformer)
+    tiny_pipeline.save_pretrained(tmp_path)
+    loaded = DiffusionADPipeline.from_pretrained(tmp_path, dtype=dtype)
+    for part in ("unet", "segmentation"):
+        for key, tensor in getattr(tiny_pipeline, part).state_dict().items():
+            expected = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            assert torch.equal(getattr(loaded, part).state_dict()[key], expected), key
+    picture = torch.rand(1, 3, 32, 32)
+    maps = [pipe(picture, output_type="pt").anomaly_maps for pipe in (tiny_pipeline, loaded)]
+    assert maps[1].dtype == torch.float32
+    torch.testing.assert_close(*maps, rtol=0, atol=0.1)
+
+
+def test_variant(tiny_pipeline, saved, assert_same):
+    half = DiffusionADPipeline.from_pretrained(saved, dtype=torch.float16)
+    half.save_pretrained(saved, variant="fp16")
+    assert_same(half, DiffusionADPipeline.from_pretrained(saved, variant="fp16", dtype=torch.float16))
+    assert_same(tiny_pipeline, DiffusionADPipeline.from_pretrained(saved))  # both lie side by side
+    refused(saved, "`variant=bf16`.* leave variant out", saved, variant="bf16")
+    refused(saved, "fp1.safetensors is missing", saved, variant="fp1")
+
+
+def test_passed_components_need_no_files(tiny_pipeline, saved, assert_same):
+    (saved / "unet" / WEIGHTS).unlink()
+    refused(saved, "is missing", saved / "unet" / WEIGHTS)
+    assert_same(tiny_pipeline, DiffusionADPipeline.from_pretrained(saved, unet=tiny_pipeline.unet))
+
+
+def test_segformer(tiny_pipeline, saved_segformer, assert_same):
+    index = json.loads((saved_segformer / "model_index.json").read_text())
+    assert index["segmentation"] == ["transformers", "SegformerForSemanticSegmentation"]
+    assert_same(tiny_pipeline, DiffusionADPipeline.from_pretrained(saved_segformer))
+    output = tiny_pipeline([torch.rand(3, 20, 40), torch.rand(3, 50, 30)], output_type="np")
+    assert [m.shape[:2] for m in output.anomaly_maps] == [(20, 40), (50, 30)]
