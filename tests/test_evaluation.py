@@ -62,6 +62,8 @@ def test_metrics_are_those_of_the_pipelines_maps(model: Path, data: Path, tmp_pa
     right = ((output.anomaly_scores > 0.5) == np.array([0, 0, 1, 1, 1])).mean()
     assert result.metrics == pytest.approx(expected | {"right_decisions": right}, abs=1e-4)
     assert result.unmasked == 2 and not result.failures
+    called = output.anomaly_scores >= result.f1_max_thresholds["image"] - 1e-6
+    assert result.metrics["image_f1_max"] == pytest.approx(2 * called[2:].sum() / (called.sum() + 3))
 
 
 def test_the_command_writes_tables_a_report_and_the_card(model: Path, data: Path, tmp_path: Path) -> None:
@@ -258,6 +260,7 @@ def test_means_leave_out_what_is_not_defined() -> None:
             0,
             [],
             ["a remark"],
+            {},
             0.1,
             0.2,
             2**20,

@@ -116,6 +116,8 @@ def test_metrics_are_scikit_learns(case: tuple[np.ndarray, np.ndarray]) -> None:
     best = np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12))
     assert metrics["pixel_f1_max"] == pytest.approx(best, abs=1e-9)
     assert metrics["pixel_f1_max"] == pytest.approx(f1_max(labels, scores)[0], abs=1e-9)
+    called = scores >= rank_pixels(check_pictures(maps, masks)).f1_max_threshold()
+    assert metrics["pixel_f1_max"] == pytest.approx(2 * (called & labels).sum() / (called.sum() + labels.sum()))
 
     image_scores, image_labels = maps[:, :, 3].ravel().astype(float), masks[:, 3, :].any(axis=0).repeat(3)
     image_labels[:2] = True, False

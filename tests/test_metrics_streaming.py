@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 from sklearn.exceptions import UndefinedMetricWarning
 
 from diffusionad_pipe.metrics import evaluate_maps
-from diffusionad_pipe.metrics_streaming import StreamingAnomalyMetrics, score_bins
+from diffusionad_pipe.metrics_streaming import StreamingAnomalyMetrics, lowest_scores, score_bins
 
 finite = st.floats(-(2.0**127), 2.0**127, width=32)
 # Few values that lie apart by less, by about and by more than the width of a bin, of both signs.
@@ -78,6 +78,8 @@ def test_the_bounds_are_small_at_every_scale() -> None:
 def test_bins_keep_the_order(scores: list[float]) -> None:
     bins = score_bins(torch.tensor(sorted(scores), dtype=torch.float64))
     assert (bins.diff() >= 0).all() and bins.min() >= 0 and bins.max() < 2**16
+    lowest = torch.tensor(lowest_scores(bins.numpy()))
+    assert (score_bins(lowest) == bins).all() and (lowest <= torch.tensor(sorted(scores)).float()).all()
     assert score_bins(torch.tensor([-0.0])) == score_bins(torch.tensor([0.0]))
 
 
@@ -119,6 +121,15 @@ def test_neither_order_nor_shares_change_a_bit(order: list[int], cuts: list[int]
             share.update(maps[chosen], masks[chosen], scores[chosen])
         merged.merge(share)
     assert merged.compute() == expected
+
+
+def test_the_threshold_of_the_best_f1_is_the_lowest_score_of_its_bin() -> None:
+    maps, masks, _ = random_pictures(6)
+    streaming = StreamingAnomalyMetrics()
+    streaming.update(maps, masks)
+    called = maps >= streaming.operating_points().f1_max_threshold()
+    f1 = 2 * (called & masks).sum() / (called.sum() + masks.sum())
+    assert streaming.compute()["pixel_f1_max"] == pytest.approx(f1)
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")

@@ -77,6 +77,8 @@ class CategoryResult(NamedTuple):
         unmasked: defective pictures without a usable mask, which the pixel metrics leave out.
         failures: sentences on pictures that could not be read.
         remarks: sentences on what the metrics leave out, and on why one is not defined.
+        f1_max_thresholds: `"image"` and `"pixel"` → the threshold of the largest F1, from which on a score counts as
+            anomalous; NaN where it is not defined. It is chosen on test pictures: to describe, never to decide.
         seconds: median time of a picture in the pipeline.
         metrics_seconds: time of all metrics and curves, without reading maps and masks.
         memory: the most bytes that a process held while predicting.
@@ -92,6 +94,7 @@ class CategoryResult(NamedTuple):
     unmasked: int
     failures: list[str]
     remarks: list[str]
+    f1_max_thresholds: dict[str, float]
     seconds: float
     metrics_seconds: float
     memory: int
@@ -424,6 +427,7 @@ def measure_category(
         unmasked=unmasked,
         failures=failures,
         remarks=remarks,
+        f1_max_thresholds={name: its.f1_max_threshold() for name, its in points.items()},
         seconds=float(np.median(seconds)),
         metrics_seconds=metrics_seconds,
         memory=memory,

@@ -106,10 +106,11 @@ class StreamingAnomalyMetrics:
         return metrics | pixel_metrics(points, self.fpr_limits) | error_bounds(points, self.fpr_limits)
 
     def operating_points(self) -> OperatingPoints:
-        """Operating points of the pixels so far, one for each bin with positives."""
+        """Operating points of the pixels so far, one for each bin with positives, at the bin's lowest score."""
         occupied = self.defective[::-1] > 0
         defective, good, overlap = (np.cumsum(a[::-1]) for a in (self.defective, self.good, self.overlap))
         return OperatingPoints(
+            lowest_scores(np.flatnonzero(occupied[::-1])[::-1]),
             defective[occupied],
             good[occupied],
             (good - self.good[::-1])[occupied],
@@ -125,6 +126,13 @@ def score_bins(scores: torch.Tensor) -> torch.Tensor:
     # The bits of negative floats fall as the floats rise.
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered >> 16) + BINS // 2
+
+
+def lowest_scores(bins: np.ndarray) -> np.ndarray:
+    """The lowest float32 score of each bin, the inverse of [`score_bins`]."""
+    ordered = ((bins.astype(np.int64) - BINS // 2) << 16).astype(np.int32)
+    lowest = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(np.float32)
+    return np.where(np.isnan(lowest), np.float32(-np.inf), lowest)  # below minus infinity there are only NaNs
 
 
 def error_bounds(points: OperatingPoints, fpr_limits: Sequence[float]) -> dict[str, float]:

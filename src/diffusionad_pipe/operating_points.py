@@ -16,6 +16,7 @@ class OperatingPoints(NamedTuple):
     Between two of these thresholds only false positives are added, so no metric needs the others.
 
     Args:
+        thresholds: `[K]` falling.
         true_positives: `[K]` counts, strictly rising to `positives`.
         false_positives: `[K]` counts.
         false_positives_above: `[K]` counts of the negatives above the threshold, without those tied with it.
@@ -24,6 +25,7 @@ class OperatingPoints(NamedTuple):
         negatives: number of all negatives.
     """
 
+    thresholds: np.ndarray
     true_positives: np.ndarray
     false_positives: np.ndarray
     false_positives_above: np.ndarray
@@ -56,9 +58,14 @@ class OperatingPoints(NamedTuple):
 
     def f1_max(self) -> float:
         """The largest F1 over all thresholds."""
-        if not self.defined:
-            return float("nan")
-        return float(np.max(2 * self.true_positives / (self.true_positives + self.false_positives + self.positives)))
+        return float(self._f1().max()) if self.defined else float("nan")
+
+    def f1_max_threshold(self) -> float:
+        """The threshold of [`f1_max`], the highest where several have it: anomalous is `score >= threshold`."""
+        return float(self.thresholds[self._f1().argmax()]) if self.defined else float("nan")
+
+    def _f1(self) -> np.ndarray:
+        return 2 * self.true_positives / (self.true_positives + self.false_positives + self.positives)
 
     def au_pro(self, fpr_limit: float) -> float:
         """The area under the overlap over the false-positive rate up to a limit in (0, 1], divided by the limit."""
@@ -144,6 +151,7 @@ def rank(positive: np.ndarray, negative: np.ndarray, gain: np.ndarray | None = N
     # Only the few positives need an order; of the negatives it is enough to know how many lie above each of them.
     negative = np.sort(negative)
     return OperatingPoints(
+        thresholds,
         true_positives,
         len(negative) - np.searchsorted(negative, thresholds, side="left"),
         len(negative) - np.searchsorted(negative, thresholds, side="right"),

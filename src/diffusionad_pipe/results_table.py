@@ -121,6 +121,7 @@ def write_tables(results: Sequence[CategoryResult], output: Path, settings: dict
     measured = {
         result.category: {
             "remarks": result.remarks,
+            "f1_max_thresholds": {k: None if math.isnan(v) else v for k, v in result.f1_max_thresholds.items()},
             "seconds_per_picture": result.seconds,
             "seconds_for_metrics": result.metrics_seconds,
             "peak_memory_bytes": result.memory,
