@@ -3,11 +3,14 @@ by `make test`; with the folder `tests/` of a diffusers checkout (and nothing el
 
     HF_HUB_OFFLINE=1 PYTHONPATH=DIFFUSERS .venv/bin/python -m pytest -rs tests/diffusers_mixins.py
 
-What cannot apply is named below with its reason.
+What cannot apply is named below with its reason. Last run with diffusers 0.42.1 and the tests of its commit 58eb52c:
+76 passed and 29 skipped, of which two are ours and the others want a GPU or what these classes do not have.
 """
 
+import tempfile
 import unittest
 
+import numpy as np
 import torch
 from PIL import Image
 from tests.models.testing_utils import (
@@ -150,6 +153,14 @@ class TestScheduler(SchedulerCommonTest):
 
     def test_over_guidance(self):
         self.check_over_forward(time_step=self.default_timestep, guidance_scale=2.0)
+
+    def test_trained_betas(self):
+        # Theirs gives two betas for 1000 timesteps, which we refuse; with as many as timesteps it is the same test.
+        betas = np.linspace(0.1, 0.3, 1000)
+        scheduler = NormGuidedOneStepScheduler(**self.get_scheduler_config(trained_betas=betas))
+        with tempfile.TemporaryDirectory() as folder:
+            scheduler.save_pretrained(folder)
+            assert NormGuidedOneStepScheduler.from_pretrained(folder).betas.tolist() == scheduler.betas.tolist()
 
     @unittest.skip("indexes timesteps[5]; there are two")
     def test_add_noise_device(self):
