@@ -283,7 +283,7 @@ class DiffusionADImageProcessor:
         _check_layout(array)
         height, width = self.size(array)
         if min(height, width) < self.min_side:
-            raise ValueError(f"{height} x {width} pixels; crop it with sides of at least {self.min_side}")
+            raise ValueError(f"{height} x {width} pixels; take a picture with sides of at least {self.min_side}")
         if max(height, width) > self.max_aspect_ratio * min(height, width):
             ratio = f"{self.max_aspect_ratio:g}"
             raise ValueError(f"{height} x {width} pixels; crop it to an aspect ratio of at most {ratio}")
