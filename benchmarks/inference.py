@@ -99,7 +99,9 @@ def variants(pipe: DiffusionADPipeline, with_compile: bool) -> dict[str, Diffusi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pretrained/hazelnut", help="a folder, a Hub id, or paper")
+    parser.add_argument(
+        "--model", default="pretrained/hazelnut", help="a folder, a Hub id, or a preset: tiny, small, base, paper"
+    )
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--measured_steps", type=int, default=2, help="of each iterative denoising")

@@ -132,7 +132,7 @@ def print_layers(rows: Iterable[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="paper", help="a folder, a Hub id, or paper")
+    parser.add_argument("--model", default="paper", help="a folder, a Hub id, or a preset: tiny, small, base, paper")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--channels_last", action="store_true", help="memory layout of the weights")
     parser.add_argument("--batch_size", type=int, default=1, help="pictures; the UNet sees each at two noise scales")

@@ -13,21 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from diffusionad_pipe import (
-    DiffusionADPipeline,
-    DiffusionADUNet2DModel,
-    NormGuidedOneStepScheduler,
-    SegmentationUNet2DModel,
-    paper_unet_config,
-)
+from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.image_files import write_atomically
 
 GIB = 2**30
+PRESETS = ("tiny", "small", "base", "paper")
+TRAINING = Path(__file__).resolve().parents[1] / "training"
 
 
 class Timing(NamedTuple):
@@ -169,16 +166,22 @@ def write_json(path: Path | None, results: dict[str, Any]) -> None:
         write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def load_model(name: str, device: torch.device) -> DiffusionADPipeline:
-    """A saved pipeline, or `"paper"`: the paper's networks at 256 px with random weights, which are as fast as trained
-    ones."""
-    if name == "paper":
+def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> DiffusionADPipeline:
+    """A saved pipeline, or one of `PRESETS`: networks with random weights, which are as fast as trained ones."""
+    if name in PRESETS:
+        sys.path.append(str(TRAINING))
+        from train import build_networks
+        from training_config import CONFIGS, TrainingConfig
+
+        settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+        config = TrainingConfig(**settings)
         torch.manual_seed(0)
-        unet, segmentation = DiffusionADUNet2DModel(**paper_unet_config(256)), SegmentationUNet2DModel()
+        unet, segmentation, scheduler = build_networks(config)
         randomize(unet)
-        pipe = DiffusionADPipeline(unet.eval(), segmentation.eval(), NormGuidedOneStepScheduler())
+        networks = unet.to(dtype).eval(), segmentation.to(dtype).eval()
+        pipe = DiffusionADPipeline(*networks, scheduler, image_size=config.resolution)
     else:
-        pipe = DiffusionADPipeline.from_pretrained(name)
+        pipe = DiffusionADPipeline.from_pretrained(name, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

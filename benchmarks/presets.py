@@ -1,10 +1,13 @@
-"""Accuracy against speed of trained models, in a table and a chart.
+"""Accuracy against speed, in a table and a chart.
 
-    python benchmarks/presets.py runs/tiny runs/small runs/base --data training/data/hazelnut_toy/hazelnut \\
-        --chart presets.png
+    python benchmarks/presets.py tiny small base --compile
+    python benchmarks/presets.py runs/tiny runs/small --data training/data/hazelnut_toy/hazelnut --chart presets.png
 
 Each model is timed from picture file to map, streaming the test pictures in batches, in turns with the others, in
-float32 and bfloat16; its accuracy is measured on the same pictures. Nothing is chosen by it.
+float32 and bfloat16, and with `--compile` compiled too. Accuracy is that of trained models on the same pictures:
+presets (tiny, small, base, paper) have random weights. Nothing is chosen by it. The share of the peak counts the
+convolutions and matrix products of both networks; the peak is that of a product of two large matrices of the same
+dtype, measured in the same run.
 """
 
 import argparse
@@ -16,14 +19,14 @@ import matplotlib
 import numpy as np
 import torch
 from accelerate import PartialState
-from measure import count_flops, in_turns, machine, print_table, write_json
+from measure import PRESETS, count_flops, in_turns, load_model, machine, matrix_peak, print_table, write_json
 
 from diffusionad_pipe import DiffusionADPipeline
-from diffusionad_pipe.evaluation import load_test_pictures
+from diffusionad_pipe.evaluation import TestPictures, load_test_pictures
 from diffusionad_pipe.metrics import evaluate_maps
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "au_pro_0.30")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FORMS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def draw_chart(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
@@ -32,9 +35,9 @@ def draw_chart(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for dtype, marker in zip(DTYPES, "os"):
-        points = [row for row in rows if row["dtype"] == dtype]
-        axes.plot([1000 * p["seconds"] for p in points], [p[metric] for p in points], marker, label=dtype)
+    for form, marker in zip(dict.fromkeys(row["form"] for row in rows), "osD^"):
+        points = [row for row in rows if row["form"] == form and metric in row]
+        axes.plot([1000 * p["seconds"] for p in points], [p[metric] for p in points], marker, label=form)
         for point in points:
             at = (1000 * point["seconds"], point[metric])
             axes.annotate(point["model"], at, (5, 5), textcoords="offset points", fontsize=9)
@@ -44,13 +47,37 @@ def draw_chart(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def accuracy(outputs: list[Any], test: TestPictures, chosen: range) -> dict[str, float]:
+    maps = [output.anomaly_maps[0, ..., 0] for output in outputs]
+    masks = [test.mask(index, found.shape) for index, found in zip(chosen, maps)]
+    judged = [position for position, mask in enumerate(masks) if mask is not None]
+    metrics = evaluate_maps(
+        [maps[position] for position in judged],
+        [mask for mask in masks if mask is not None],
+        np.array([output.anomaly_scores[0] for output in outputs])[judged],
+        np.array([test.labels[index] for index in chosen])[judged],
+    )
+    return {key: metrics[key] for key in METRICS}
+
+
+def flops_of_a_picture(pipe: DiffusionADPipeline) -> int:
+    """Of both UNet passes and the segmentation network."""
+    size = pipe.config.image_size
+    noised, pair = (
+        torch.zeros(count, channels, size, size, device=pipe.device) for count, channels in ((2, 3), (1, 6))
+    )
+    return count_flops(lambda: pipe.unet(noised, 200)) + count_flops(lambda: pipe.segmentation(pair))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="folders of saved pipelines")
+    parser.add_argument("models", nargs="+", help="folders of saved pipelines, or presets")
     parser.add_argument("--data", default="training/data/hazelnut_toy/hazelnut", help="a dataset with one category")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--pictures", type=int, help="use only so many test pictures, spread over all")
+    parser.add_argument("--compile", action="store_true", help="also compiled: takes minutes before")
+    parser.add_argument("--peak_side", type=int, help="of the matrices that the peak is measured with")
     parser.add_argument("--chart", type=Path, help="also draw the chart into this PNG file")
     parser.add_argument("--metric", choices=METRICS, default="pixel_ap", help="of the chart")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
@@ -59,12 +86,15 @@ def main() -> None:
     device = PartialState().device
     test = load_test_pictures(arguments.data, None)[0]
     chosen = range(0, len(test), -(-len(test) // (arguments.pictures or len(test))))
-    pipes = {}
+    pipes: dict[tuple[str, str], DiffusionADPipeline] = {}
+    flops = {}
     for model in arguments.models:
-        for dtype in DTYPES:
-            pipe = DiffusionADPipeline.from_pretrained(model, dtype=DTYPES[dtype]).to(device)
-            pipe.set_progress_bar_config(disable=True)
-            pipes[Path(model).name, dtype] = pipe
+        for form, dtype in FORMS.items():
+            pipes[model, form] = load_model(model, device, dtype)
+            compiled = load_model(model, device, dtype) if arguments.compile else None
+            if compiled is not None and compiled.compile():
+                pipes[model, f"{form}, compiled"] = compiled
+        flops[model] = flops_of_a_picture(pipes[model, "float32"])
 
     def stream(pipe: DiffusionADPipeline) -> Callable[[], list[Any]]:
         return lambda: list(
@@ -72,47 +102,39 @@ def main() -> None:
         )
 
     timings = in_turns({"|".join(key): stream(pipe) for key, pipe in pipes.items()}, arguments.rounds, device)
+    with torch.inference_mode():
+        peaks = {form: matrix_peak(device, dtype, arguments.peak_side) for form, dtype in FORMS.items()}
     rows: list[dict[str, Any]] = []
-    for (model, dtype), pipe in pipes.items():
-        outputs = stream(pipe)()
-        maps = [output.anomaly_maps[0, ..., 0] for output in outputs]
-        scores = np.array([output.anomaly_scores[0] for output in outputs])
-        masks = [test.mask(index, found.shape) for index, found in zip(chosen, maps)]
-        judged = [position for position, mask in enumerate(masks) if mask is not None]
-        labels = np.array([test.labels[index] for index in chosen])
-        metrics = evaluate_maps(
-            [maps[position] for position in judged],
-            [mask for mask in masks if mask is not None],
-            scores[judged],
-            labels[judged],
-        )
-        size = pipe.config.image_size
-        noised = torch.zeros(2, 3, size, size, device=device, dtype=pipe.unet.dtype)
-        timing = timings[f"{model}|{dtype}"]
-        seconds = [value / len(outputs) for value in timing]
+    for (model, form), pipe in pipes.items():
+        seconds = [value / len(chosen) for value in timings[f"{model}|{form}"]]
         rows.append(
             {
-                "model": model,
-                "dtype": dtype,
-                "gflops_of_both_unet_passes": count_flops(lambda: pipe.unet(noised, 200)) / 1e9,  # noqa: B023
+                "model": model if model in PRESETS else Path(model).name,
+                "form": form,
+                "image_size": pipe.config.image_size,
+                "flops": flops[model],
                 "seconds": seconds[0],
                 "seconds_lowest": seconds[1],
                 "seconds_highest": seconds[2],
-                **{key: metrics[key] for key in METRICS},
+                "share_of_peak": flops[model] / seconds[0] / peaks[form.partition(",")[0]],
+                **({} if model in PRESETS else accuracy(stream(pipe)(), test, chosen)),
             }
         )
 
     results = {"machine": machine(device), "data": Path(arguments.data).name, "pictures": len(chosen), "models": rows}
-    print(f"{len(chosen)} pictures, batches of {arguments.batch_size}, {results['machine']}\n")
-    columns = ("model", "dtype", "GFLOP, both UNet passes", "ms a picture", "pictures a second", *METRICS)
+    results["peak_flops"] = peaks
+    shown_peaks = ", ".join(f"{form} {peak / 1e9:.4g} GFLOP/s" for form, peak in peaks.items())
+    print(f"{len(chosen)} pictures, batches of {arguments.batch_size}, {results['machine']}, peaks: {shown_peaks}\n")
+    columns = ("model", "form", "px", "GFLOP", "ms a picture", "pictures a second", "of the peak", *METRICS)
     shown = []
     for row in rows:
         speed = (
             f"{1000 * row['seconds']:.4g} ({1000 * row['seconds_lowest']:.4g} ... {1000 * row['seconds_highest']:.4g})",
             f"{1 / row['seconds']:.3g}",
+            f"{row['share_of_peak']:.0%}",
         )
-        gflops = f"{row['gflops_of_both_unet_passes']:.4g}"
-        shown.append((row["model"], row["dtype"], gflops, *speed, *(f"{row[key]:.4f}" for key in METRICS)))
+        metrics = (f"{row[key]:.4f}" if key in row else "" for key in METRICS)
+        shown.append((row["model"], row["form"], row["image_size"], f"{row['flops'] / 1e9:.4g}", *speed, *metrics))
     print_table(columns, shown)
     if arguments.chart:
         draw_chart(rows, arguments.metric, arguments.chart)

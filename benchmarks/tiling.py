@@ -36,7 +36,9 @@ def seam(anomaly_map: Image.Image, starts: list[int]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pretrained/hazelnut", help="a folder, a Hub id, or paper")
+    parser.add_argument(
+        "--model", default="pretrained/hazelnut", help="a folder, a Hub id, or a preset: tiny, small, base, paper"
+    )
     parser.add_argument("--height", type=int, default=4000)
     parser.add_argument("--width", type=int, default=6000)
     parser.add_argument("--overlaps", type=float, nargs="+", default=[0.0, 0.25, 0.5])
