@@ -80,7 +80,7 @@ def read_settings(image_threshold: Any, pixel_threshold: Any, *settings: Any) ->
     """
     # The pipeline checks the noise scales: how many there are depends on the model.
     ranges = ((0, 1), (0, 1), (-math.inf, math.inf), (-math.inf, math.inf), (0, 5), (1, math.inf))
-    labels = ("Decision threshold", "Mask threshold", *(label for label, *_ in SETTINGS))
+    labels = [label for label, *_ in (*THRESHOLDS, *SETTINGS)]
     for label, value, (low, high) in zip(labels, (image_threshold, pixel_threshold, *settings), ranges):
         if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
             raise sentence(f"{label}: {value!r} cannot be used; give a number from {low} to {high}")
@@ -276,6 +276,10 @@ LEGEND = f"""<div class="legend" role="img" aria-label="Colours from dark blue, 
 <i style="background: linear-gradient(90deg, {", ".join("#" + c for c in COLOUR_SCALE.split())})"></i>
 <span>1 anomalous</span></div>"""
 
+THRESHOLDS = (
+    ("Decision threshold", "A picture is defective when its score is above; 0 makes no decision."),
+    ("Mask threshold", "Pixels of the heatmap above it are marked; 0 marks none."),
+)
 config, last = default_pipe.scheduler.config, len(default_pipe.scheduler) - 1
 SETTINGS: tuple[tuple[str, str, float, float, float], ...] = (  # label, explanation, minimum, maximum, step
     ("Small noise scale", "Keeps details; more hides more of a defect.", 0, last, 1),
@@ -305,60 +309,56 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(max(KEEP_SECONDS // 6, 1), KEE
     model = gr.Dropdown(
         list(MENU), value=DEFAULT, label="Model", info="Each knows one kind of part.", visible=len(MENU) > 1
     )
-    with gr.Tabs():
-        with gr.Tab("One picture"), gr.Row():
-            with gr.Column(scale=2, min_width=320):
-                picture = gr.Image(label="Picture", sources=["upload", "clipboard", "webcam"], height=340)
-                button = gr.Button("Detect", variant="primary")
-                examples = gr.Examples(EXAMPLES, picture, cache_examples=False)
-                with gr.Accordion("Advanced", open=False):
-                    thresholds = [
-                        gr.Slider(0, 1, round(value or 0, 4), step=0.0001, label=label, info=explanation)
-                        for label, explanation, value in (
-                            (
-                                "Decision threshold",
-                                "A picture is defective when its score is above; 0 makes no decision.",
-                                default_pipe.config.image_threshold,
-                            ),
-                            (
-                                "Mask threshold",
-                                "Pixels of the heatmap above it are marked; 0 marks none.",
-                                default_pipe.config.pixel_threshold,
-                            ),
-                        )
-                    ]
-                    gr.Markdown("The next press of Detect takes these:")
-                    settings = [
-                        gr.Slider(low, high, value, step=step, label=label, info=explanation)
-                        for (label, explanation, low, high, step), value in zip(SETTINGS, DEFAULT_SETTINGS)
-                    ]
-            with gr.Column(scale=4, min_width=320):
-                verdict = gr.HTML(NOTHING[1], html_template=VERDICT, js_on_load=None, container=True)
-                with gr.Row():
-                    with gr.Column(min_width=300):
-                        heatmap = gr.ImageSlider(label="Picture | heatmap", format="png")
-                        gr.HTML(LEGEND)
-                    with gr.Column(min_width=300):
-                        reconstruction = gr.ImageSlider(label="Picture | reconstruction", format="png")
-                with gr.Row():
-                    with gr.Column(min_width=300):
-                        contours = gr.Image(
-                            label="Contours of the defects", format="png", interactive=False, buttons=BUTTONS
-                        )
-                    with gr.Column(min_width=300):
-                        regions = gr.Dataframe(
-                            headers=["no.", "px", "%", "peak", "x, y, w × h"],
-                            datatype=["number", "number", "number", "number", "str"],
-                            column_widths=["13%", "20%", "16%", "18%", "33%"],
-                            label="Defect regions; click on one to frame it",
-                            interactive=False,
-                            max_height=300,
-                            wrap=True,
-                            buttons=[],
-                            elem_classes="regions",
-                        )
-                        save = gr.Button("Make files to download", size="sm")
-                        files = gr.Files(label="Overlay, 16-bit map, numbers", interactive=False, height=150)
+    with gr.Tabs(overflow_behavior="wrap"):
+        with gr.Tab("One picture"):
+            # Above all else, so that a phone shows it together with the picture.
+            verdict = gr.HTML(
+                NOTHING[1], html_template=VERDICT, js_on_load=None, container=True, elem_classes="verdict-box"
+            )
+            with gr.Row():
+                with gr.Column(scale=2, min_width=320):
+                    picture = gr.Image(label="Picture", sources=["upload", "clipboard", "webcam"], height=340)
+                    button = gr.Button("Detect", variant="primary")
+                    examples = gr.Examples(EXAMPLES, picture, cache_examples=False)
+                    with gr.Accordion("Advanced", open=False):
+                        default_thresholds = default_pipe.config.image_threshold, default_pipe.config.pixel_threshold
+                        thresholds = [
+                            gr.Slider(0, 1, round(value or 0, 4), step=0.0001, label=label, info=explanation)
+                            for (label, explanation), value in zip(THRESHOLDS, default_thresholds)
+                        ]
+                        gr.Markdown("The next press of Detect takes these:")
+                        settings = [
+                            gr.Slider(low, high, value, step=step, label=label, info=explanation)
+                            for (label, explanation, low, high, step), value in zip(SETTINGS, DEFAULT_SETTINGS)
+                        ]
+                with gr.Column(scale=4, min_width=320):
+                    with gr.Row():
+                        with gr.Column(min_width=300):
+                            heatmap = gr.ImageSlider(label="Picture | heatmap", format="png")
+                            gr.HTML(LEGEND)
+                        with gr.Column(min_width=300):
+                            reconstruction = gr.ImageSlider(label="Picture | reconstruction", format="png")
+                    with gr.Row():
+                        with gr.Column(min_width=300):
+                            contours = gr.Image(
+                                label="Contours of the defects", format="png", interactive=False, buttons=BUTTONS
+                            )
+                        with gr.Column(min_width=300):
+                            regions = gr.Dataframe(
+                                headers=["no.", "px", "%", "peak", "x, y, w × h"],
+                                datatype=["number", "number", "number", "number", "str"],
+                                column_widths=["11%", "18%", "14%", "16%", "41%"],
+                                label="Defect regions; click on one to frame it",
+                                interactive=False,
+                                max_height=300,
+                                wrap=True,
+                                buttons=[],
+                                elem_classes="results",
+                            )
+                            save = gr.Button("Make files to download", size="sm")
+                            files = gr.Files(
+                                label="Overlay, 16-bit map, numbers", interactive=False, elem_classes="made"
+                            )
         with gr.Tab("Many pictures"):
             gr.Markdown(
                 f"Up to {MAX_PICTURES} pictures or zip archives of pictures, {MAX_UPLOAD_MB} MB a file. "
@@ -367,7 +367,7 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(max(KEEP_SECONDS // 6, 1), KEE
             uploads = gr.File(label="Pictures or zip archives", file_count="multiple", height=160)
             with gr.Row():
                 start = gr.Button("Examine all", variant="primary")
-                cancel = gr.Button("Cancel", variant="stop")
+                cancel = gr.Button("Cancel")
             progress = gr.Textbox(label="Progress", value="Nothing to do yet.", interactive=False)
             table = gr.Dataframe(
                 headers=["name", "verdict", "score", "regions", "marked, %"],
@@ -375,14 +375,21 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(max(KEEP_SECONDS // 6, 1), KEE
                 label="Results; click on a column's name to sort",
                 interactive=False,
                 max_height=400,
+                elem_classes="results",
             )
             problems = gr.Dataframe(
-                headers=["name", "reason"], label="Not examined", interactive=False, max_height=300, wrap=True
+                headers=["name", "reason"],
+                column_widths=["40%", "60%"],
+                label="Not examined",
+                interactive=False,
+                max_height=300,
+                wrap=True,
+                elem_classes="results",
             )
             save_table = gr.Button("Make a CSV file of the results", size="sm")
-            csv_file = gr.File(label="CSV", interactive=False, height=90)
+            csv_file = gr.File(label="CSV", interactive=False, elem_classes="made")
             order = gr.Dropdown(ORDERS, value=ORDERS[0], label="Order of the gallery")
-            gallery = gr.Gallery(label="Heatmaps", columns=4, height="auto", fit_columns=False, buttons=BUTTONS)
+            gallery = gr.Gallery(label="Heatmaps", height="auto", buttons=BUTTONS, elem_classes="heatmaps")
         with gr.Tab("How it works") as steps_tab:
             gr.Markdown(
                 "What happened to your last picture between the upload and the verdict. A defect is hidden by "
@@ -464,6 +471,14 @@ if __name__ == "__main__":
     # Fonts that the visitor's system has: none is downloaded.
     theme = gr.themes.Default(
         primary_hue="indigo", neutral_hue="slate", font=("system-ui", "sans-serif"), font_mono="monospace"
+    )
+    # Gradio's own are hard to read: text needs a contrast of 4.5 to 1, level AA of WCAG 2.
+    theme.set(
+        body_text_color_subdued="*neutral_500",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        color_accent="*primary_600",
+        link_text_color_dark="*secondary_400",
     )
     # Gradio takes the variable for the first of a hundred ports to try. Who names a port wants that one.
     port = os.environ.get("GRADIO_SERVER_PORT")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import lzma
 import stat
 import tempfile
 import time
@@ -142,7 +143,7 @@ def unpack(item: BatchItem, target: Path, limit: int) -> int:
     try:
         with zipfile.ZipFile(item.path) as archive, archive.open(item.member) as source:
             content = source.read(min(limit, MAX_MEMBER_BYTES) + 1)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError, OSError) as error:
         raise ValueError("it cannot be unpacked, the archive is damaged or unusual; pack it again") from error
     if len(content) > limit:
         raise ValueError(f"the batch has more than {MAX_UNPACKED_BYTES >> 20} MB unpacked; split it")

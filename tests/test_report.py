@@ -3,8 +3,6 @@
 import base64
 import io
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +26,6 @@ from diffusionad_pipe.report import (
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
-CHROMIUM = shutil.which("chromium")
 TOY = Path(__file__).parents[1] / "training" / "data" / "hazelnut_toy" / "hazelnut"
 HOSTILE = (
     "<script>document.title = 'taken'</script>\"><img src=x onerror=alert(1)> & a_name_without_a_space" + "_x" * 40
@@ -126,16 +123,6 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write_report(folder / f"{name}.html", f"Report of {name} {HOSTILE}", content, CONFIGURATION)
     assert {path.name for path in folder.iterdir()} == {"one.html", "several.html"}
     return {name: folder / f"{name}.html" for name in categories}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["playwright.Browser"]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=["one", "several"])

@@ -104,6 +104,13 @@ def test_damaged_and_encrypted_archives(tmp_path):
     assert "no zip" in reasons["cut.zip"] and "no zip" in reasons["empty.zip"]
     assert reasons["none.zip"] == "the archive holds no picture"
     assert "cannot be unpacked" in reasons["flipped.zip"] and "encrypted" in reasons["locked.zip"]
+    for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        damaged = zip_of(tmp_path / "damaged.zip", {"a.png": os.urandom(1000), "b.png": b"x"}, compression)
+        content = bytearray(damaged.read_bytes())
+        content[100:900] = bytes(800)
+        damaged.write_bytes(content)
+        result = run(damaged)
+        assert "cannot be unpacked" in result.problems[0][1] and [r.name for r in result.rows] == ["damaged.zip/b.png"]
     (tmp_path / "page.png").write_text("<html>")
     assert [r.name for r in run(tmp_path / "page.png").rows] == ["page.png"]  # judged by who opens it
 
