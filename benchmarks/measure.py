@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -168,6 +169,7 @@ def write_json(path: Path | None, results: dict[str, Any]) -> None:
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> DiffusionADPipeline:
     """A saved pipeline, or one of `PRESETS`: networks with random weights, which are as fast as trained ones."""
+    diffusers_logging.set_verbosity_error()  # its warnings would stand between the tables
     if name in PRESETS:
         sys.path.append(str(TRAINING))
         from train import build_networks

@@ -8,14 +8,16 @@ call returns as pictures; on Linux it is the process's resident memory, on a GPU
 """
 
 import argparse
-from collections.abc import Callable
+import statistics
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from measure import GIB, in_turns, load_model, machine, peak_memory, print_table, write_json
+from measure import GIB, Timing, load_model, machine, peak_memory, print_table, write_json
 from PIL import Image
 
 from diffusionad_pipe.tiling import tile_starts
@@ -29,9 +31,8 @@ def smooth_picture(height: int, width: int) -> Image.Image:
 
 def seam(anomaly_map: Image.Image, starts: list[int]) -> float:
     steps = np.abs(np.diff(np.asarray(anomaly_map, dtype=np.float32), axis=1)).mean(0)
-    return (
-        float(steps[[start - 1 for start in starts[1:]]].mean() / max(steps.mean(), 1e-9)) if len(starts) > 1 else 0.0
-    )
+    at_seams = steps[[start - 1 for start in starts[1:]]]
+    return float(at_seams.mean() / max(steps.mean(), 1e-9)) if len(starts) > 1 else 0.0
 
 
 def main() -> None:
@@ -42,46 +43,53 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=4000)
     parser.add_argument("--width", type=int, default=6000)
     parser.add_argument("--overlaps", type=float, nargs="+", default=[0.0, 0.25, 0.5])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
 
     device = PartialState().device
-    pipe = load_model(arguments.model, device)
+    pipe = load_model(arguments.model, device, getattr(torch, arguments.dtype))
     tile = pipe.config.image_size
     picture = smooth_picture(arguments.height, arguments.width)
-    pipe(picture.crop((0, 0, tile, tile)), batch_size=1)  # the first call sets up the kernels
+    # The first call sets up the kernels.
+    pipe([picture.crop((0, 0, tile, tile))] * arguments.batch_size, batch_size=arguments.batch_size)
 
-    def tiled(overlap: float) -> Callable[[], Any]:
-        def run() -> Any:
-            pipe.enable_tiling(tile, overlap)
-            return pipe(picture, batch_size=arguments.batch_size)
+    outputs: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {}
+    memory: dict[str, float | None] = {}
 
-        return run
-
-    def untiled() -> Any:
+    def run(name: str, overlap: float | None) -> None:
         pipe.disable_tiling()
-        return pipe(picture)
+        if overlap is not None:
+            pipe.enable_tiling(tile, overlap)
+        started = time.perf_counter()
+        outputs[name] = pipe(picture, batch_size=arguments.batch_size)
+        seconds.setdefault(name, []).append(time.perf_counter() - started)
 
-    methods: dict[str, Callable[[], Any]] = {"not tiled": untiled}
-    methods |= {f"overlap {overlap:g}": tiled(overlap) for overlap in arguments.overlaps}
-    memory = {name: peak_memory(method, device) for name, method in methods.items()}
-    timings = in_turns(methods, arguments.rounds, device)
+    overlaps = {"not tiled": None} | {f"overlap {overlap:g}": overlap for overlap in arguments.overlaps}
+    for _ in range(arguments.rounds):
+        for name, overlap in overlaps.items():
+            outputs.pop(name, None)
+            memory[name] = peak_memory(partial(run, name, overlap), device)
+
     rows: list[tuple[Any, ...]] = []
-    results: dict[str, Any] = {"machine": machine(device), "model": arguments.model, "tile_size": tile}
-    for name, overlap in zip(methods, [None, *arguments.overlaps]):
-        tiles, found = 1, 0.0
+    results: dict[str, Any] = {"machine": machine(device), **vars(arguments), "output": None, "tile_size": tile}
+    for name, overlap in overlaps.items():
+        tiles, found = 1, None
         if overlap is not None:
             columns = tile_starts(arguments.width, tile, overlap)
             tiles = len(columns) * len(tile_starts(arguments.height, tile, overlap))
-            found = seam(methods[name]().anomaly_maps[0], columns)
-        used = memory[name]
-        results[name] = {**timings[name]._asdict(), "tiles": tiles, "seam": found, "peak_memory": used}
+            found = seam(outputs[name].anomaly_maps[0], columns)
+        used, timing = memory[name], Timing(statistics.median(seconds[name]), min(seconds[name]), max(seconds[name]))
+        results[name] = {**timing._asdict(), "tiles": tiles, "seam": found, "peak_memory": used}
         shown = "" if used is None else f"{used / GIB:.2f}"
-        rows.append((name, tiles, timings[name], f"{found:.3f}" if overlap is not None else "", shown))
-    size = f"{arguments.width} x {arguments.height}"
-    print(f"{arguments.model}, {size}, tiles of {tile}, batch {arguments.batch_size}, {results['machine']}\n")
+        rows.append((name, tiles, timing, "" if found is None else f"{found:.3f}", shown))
+    settings = (
+        f"{arguments.dtype}, {arguments.width} x {arguments.height}, tiles of {tile}, batch {arguments.batch_size}"
+    )
+    print(f"{arguments.model}, {settings}, {results['machine']}\n")
     print_table(("tiling", "tiles", "seconds", "seam", "peak memory above idle, GiB"), rows)
     write_json(arguments.output, results)
 
