@@ -139,7 +139,10 @@ def magnetic_tile(root: Path) -> None:
 
 
 def plain(root: Path) -> None:
-    """What a user makes: other suffixes, spaces, letters beyond ASCII, masks with and without `_mask`."""
+    """What a user makes: other suffixes, spaces, letters beyond ASCII, a palette, masks with and without `_mask`."""
     pictures(root, ["train/good/gute Teile 1.png", "train/good/größe_2.jpg", "test/good/ok 3.png"])
     pictures(root, ["test/Riß/stück 4.jpg", "test/Riß/stück 5.png"])
-    masks(root, ["ground_truth/Riß/stück 4.png", "ground_truth/Riß/stück 5_mask.png"])
+    masks(root, ["ground_truth/Riß/stück 4.png", "ground_truth/Riß/stück 5_mask.png"], value=3)
+    mask = Image.open(root / "ground_truth" / "Riß" / "stück 5_mask.png")
+    mask.putpalette([200, 200, 200] + [90, 0, 0] * 255)  # the index marks, not the colour
+    mask.save(root / "ground_truth" / "Riß" / "stück 5_mask.png")

@@ -248,6 +248,13 @@ def test_a_model_for_each_category_and_all_of_them(
     assert table[2].startswith("| part | 2 | 3 |") and table[4].startswith("| mean | 4 | 6 |")
 
 
+def test_a_category_without_test_pictures_is_named(model: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "train", data.parent / "piece" / "train")
+    with pytest.warns(UserWarning, match="without test pictures, and so not measured: piece"):
+        (result,) = evaluate(model, data.parent, tmp_path / "out", category="all")
+    assert result.category == "part"
+
+
 def test_means_leave_out_what_is_not_defined() -> None:
     def result(name: str, value: float) -> CategoryResult:
         rows = [{"label": 0}, {"label": 1}]

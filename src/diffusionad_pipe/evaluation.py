@@ -7,7 +7,6 @@ work, and metrics are computed again without the model. Nothing is chosen here: 
 import hashlib
 import io
 import json
-import logging
 import os
 import resource
 import sys
@@ -37,8 +36,6 @@ from .operating_points import rank
 from .pipeline_diffusionad import DiffusionADPipeline
 from .prediction import fingerprint
 from .scored_pictures import check_pictures
-
-logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("exact", "reference")
 Curve: TypeAlias = tuple[np.ndarray, np.ndarray]
@@ -160,11 +157,15 @@ class TestPictures:
 
 
 def load_test_pictures(data: str | os.PathLike[str], category: str | None) -> list[TestPictures]:
-    """The test pictures of each category; arguments and errors as of [`evaluate`]."""
+    """The test pictures of each category that has some; arguments and errors as of [`evaluate`]."""
     splits = load_anomaly_dataset(data, category=category)
     if "test" not in splits:
         raise ValueError(f"{data} has no test pictures, only good ones to train on: add test/good and test/<defect>")
-    return [TestPictures(splits["test"], name) for name in sorted(set(splits["test"]["category"]))]
+    tested = set(splits["test"]["category"])
+    untested = sorted({name for rows in splits.values() for name in rows.unique("category")} - tested)
+    if untested:
+        warnings.warn(f"without test pictures, and so not measured: {', '.join(untested)}", stacklevel=1)
+    return [TestPictures(splits["test"], name) for name in sorted(tested)]
 
 
 def evaluate(
