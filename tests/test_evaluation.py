@@ -146,7 +146,7 @@ def test_streaming_holds_one_map_whatever_their_number(model: Path, tmp_path: Pa
             mask = Image.new("1", (side, side))
             mask.paste(1, (100, 100, 300, 200))
             mask.save(folder / "ground_truth" / "bad" / f"{index}.png") if index % 2 else None
-        evaluate(model, tmp_path / name, tmp_path / "out" / name, batch_size=1)
+        evaluate(model, tmp_path / name, tmp_path / "out" / name, batch_size=1, at_model_size=True)
     script = f"""
 import resource
 from diffusionad_pipe.evaluation import evaluate
