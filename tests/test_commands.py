@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -168,13 +169,20 @@ def test_info(trained: Path, hub_server: HubServer) -> None:
             assert text in result.output, (text, result.output)
 
 
-def test_info_on_what_is_hardly_known(saved: Path, hub_server: HubServer, tmp_path: Path) -> None:
+def test_info_on_what_is_hardly_known(
+    saved: Path, hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub_server.publish("user/bare", saved)
     for model in (saved, "user/bare"):
         output = run("info", model).output
         assert output.count("not stated") == 2 and output.count("not calibrated") == 2
     assert "model_index.json is missing" in refusal("info", tmp_path)
-    assert "Repository Not Found" in refusal("info", "user/nothing")
+    assert "the Hub has no such model, or it is private" in refusal("info", "user/nothing")
+    for command in ("info", "space"):
+        arguments = ("--output", tmp_path / "space") if command == "space" else ()
+        assert "there is no folder '/nowhere'" in refusal(command, "/nowhere", *arguments)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "no folder has the name of the model, and the Hub cannot be reached" in refusal("info", "user/far")
 
 
 def test_convert_there_and_back(tmp_path: Path) -> None:

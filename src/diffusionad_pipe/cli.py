@@ -14,7 +14,8 @@ UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}
 # The training script has its own settings and its own --help.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+# Plain text: rich would break the lines that are there to be copied.
+app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback()

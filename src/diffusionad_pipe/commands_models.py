@@ -24,7 +24,9 @@ Model = Annotated[str, typer.Argument(help="Folder of a saved pipeline, or its i
 
 
 def info(model: Model) -> None:
-    """Say what a model is: its networks, thresholds, training data, licence and results.
+    """Say what a model is.
+
+    Its networks, thresholds, training data, licence and results. Exit code: 0, or 2 for wrong usage.
 
     \b
     diffusionad info pretrained/hazelnut
@@ -45,9 +47,10 @@ def convert(
     target: Annotated[Path, typer.Argument(help="The folder, or the file ending in .pt or .pth, to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
-    """Convert a checkpoint of the authors' code to a pipeline, or back, bit for bit.
+    """Convert the authors' checkpoints, and back.
 
-    The authors' format holds the paper's networks only, and no thresholds. Exit code: 0, or 2 for wrong usage.
+    Weights stay the same bit for bit. The authors' format holds the paper's networks only, and no thresholds. Exit
+    code: 0, or 2 for wrong usage.
 
     \b
     diffusionad convert params-last.pt models/screw
@@ -102,10 +105,11 @@ def export(
     calibration_count: Annotated[int, typer.Option(min=1, help="How many of them at most.")] = 100,
     licence: Annotated[str | None, typer.Option(help="Of the weights. Default: what the model card says.")] = None,
 ) -> None:
-    """Write the whole detector, from picture to map and score, as one file that runs without torch.
+    """Write a model as one file that runs without torch.
 
-    Thresholds, sizes and licence are in its metadata; `diffusionad_pipe.exported.ExportedDetector` runs it. Says how
-    far its map and score are from the pipeline's on one picture. Exit code: 0, or 2 for wrong usage.
+    It is the whole detector, from picture to map and score. Thresholds, sizes and licence are in its metadata;
+    `diffusionad_pipe.exported.ExportedDetector` runs it. Says how far its map and score are from the pipeline's on one
+    picture. Exit code: 0, or 2 for wrong usage.
 
     \b
     diffusionad export runs/mine --output detector.onnx
@@ -152,9 +156,10 @@ def push(
     ] = False,
     private: Annotated[bool, typer.Option("--private", help="Only you can see what is made new.")] = False,
 ) -> None:
-    """Publish a model on the Hugging Face Hub: weights, thresholds, model card, configuration and pictures.
+    """Publish a model on the Hugging Face Hub.
 
-    Log in with `hf auth login` first. Exit code: 0, 1 if the Hub refuses, 2 for wrong usage.
+    Weights, thresholds, model card, configuration and pictures. Log in with `hf auth login` first. Exit code: 0, 1 if
+    the Hub refuses, 2 for wrong usage.
 
     \b
     diffusionad push runs/mine user/model
@@ -182,9 +187,10 @@ def space(
         typer.Option(help="Pictures to try the model on: files, folders or quoted patterns; the first six are taken."),
     ] = None,
 ) -> None:
-    """Make a folder that is a web page for this model, here or as a Hugging Face Space.
+    """Make a web page for a model.
 
-    `pip install -r requirements.txt` and `python app.py` start it anywhere. Exit code: 0, or 2 for wrong usage.
+    The folder is a Hugging Face Space. `pip install -r requirements.txt` and `python app.py` start it anywhere. Exit
+    code: 0, or 2 for wrong usage.
 
     \b
     diffusionad space runs/mine --output my_space --examples new_pictures

@@ -276,10 +276,11 @@ def calibrate(
     device: Device = None,
     max_pixels: MaxPixels = 100_000_000,
 ) -> None:
-    """Set both thresholds of a model from good pictures that it was not trained on.
+    """Set the thresholds of a model from good pictures.
 
-    They go into the model's folder, and into its card. With n pictures a rate of 1 / (n + 1) can be promised: 1 % takes
-    99 of them. Exit code: 0, 1 if a picture could not be read, 2 for wrong usage or too few pictures.
+    The model must not have been trained on them. Both thresholds go into the model's folder, and into its card. With n
+    pictures a rate of 1 / (n + 1) can be promised: 1 % takes 99 of them. Exit code: 0, 1 if a picture could not be
+    read, 2 for wrong usage or too few pictures.
 
     \b
     diffusionad calibrate runs/mine more_good_pictures --false-positive-rate 0.02
@@ -290,7 +291,7 @@ def calibrate(
         if not 0 < false_positive_rate < 1:
             raise ValueError(f"--false-positive-rate {false_positive_rate:g} must lie between 0 and 1, such as 0.01")
         if not model.is_dir():
-            raise ValueError(f"{model} is no folder: thresholds are written into a pipeline's folder, so download it")
+            raise ValueError(f"{model} is no folder: give that of a pipeline, into which the thresholds are written")
         result = calibrate_pipeline(
             _load(str(model), device),
             find_files(pictures),

@@ -19,10 +19,11 @@ def check_data(
     category: Annotated[str, typer.Option(help="Sub-folder, where the folder holds several; all: every one.")] = "all",
     layout: Annotated[str, typer.Option(help="As load_anomaly_dataset takes it; auto: whichever fits.")] = "auto",
 ) -> None:
-    """Report every problem of a dataset in one pass, and count its pictures.
+    """Report every problem of a dataset.
 
-    Finds missing, stray, empty and odd masks, sizes that differ, the same picture in two splits, unreadable and missing
-    files. Exit code: 0 if nothing was found, 1 if there are only warnings, 2 if there are errors or for wrong usage.
+    Counts its pictures, and finds in one pass missing, stray, empty and odd masks, sizes that differ, the same picture
+    in two splits, unreadable and missing files. Exit code: 0 if nothing was found, 1 if there are only warnings, 2 if
+    there are errors or for wrong usage.
 
     \b
     diffusionad check-data datasets/screw
@@ -85,7 +86,7 @@ def preview_synthesis(
     count: Annotated[int, typer.Option(min=1, help="Samples on the sheet.")] = 8,
     draws: Annotated[int, typer.Option(min=1, help="Samples that empty masks are counted in.")] = 200,
 ) -> None:
-    """Show what a model would be trained on, before any training.
+    """Show what a model would be trained on.
 
     Writes a contact sheet with the first samples of a run with the same settings: picture, foreground, mask and
     composite, all with an anomaly. Says how many masks are empty: those samples would stay normal. The options and

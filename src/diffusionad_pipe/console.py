@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from rich.console import Console
 
 # What a user can mend: bad files and settings, a full disk, the Hub, a device that is not there, too large a batch.
@@ -18,6 +19,10 @@ def output_console() -> Console:
 
 def fail(error: object, code: int = 2) -> NoReturn:
     """End with one sentence on the standard error; 2 is wrong usage, 1 what went wrong later."""
+    if isinstance(error, RepositoryNotFoundError):
+        error = "the Hub has no such model, or it is private: check the id, or log in with hf auth login"
+    elif isinstance(error, LocalEntryNotFoundError):
+        error = "no folder has the name of the model, and the Hub cannot be reached: check the name, or the connection"
     Console(stderr=True).print(f"Error: {error}", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(code) from None
 

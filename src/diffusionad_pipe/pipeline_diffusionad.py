@@ -105,6 +105,10 @@ class DiffusionADPipeline(DiffusionPipeline):
         for name, threshold in (("image_threshold", image_threshold), ("pixel_threshold", pixel_threshold)):
             if threshold is not None and not is_finite(threshold):
                 raise ValueError(f"{name}={threshold!r} must be a finite number, or None")
+        # Other schedulers of diffusers are often put in place of a pipeline's own, and fail only in the call.
+        for part, kind in ((unet, DiffusionADUNet2DModel), (scheduler, NormGuidedOneStepScheduler)):
+            if part is not None and not isinstance(part, kind):
+                raise ValueError(f"a {type(part).__name__} stands in place of a {kind.__name__}")
         self.register_modules(unet=unet, segmentation=segmentation, scheduler=scheduler)
         self.register_to_config(
             image_size=image_size,
@@ -524,10 +528,6 @@ class DiffusionADPipeline(DiffusionPipeline):
         if os.path.isdir(folder):
             origin = Path(folder).resolve().name
         else:
-            if folder.count("/") > 1 or folder.startswith((".", "/", "~")) or "\\" in folder:
-                raise WeightsFileError(
-                    f"there is no folder {folder!r}: give one that save_pretrained wrote, or a Hub id user/model"
-                )
             hub_arguments = ("cache_dir", "force_download", "local_files_only", "revision", "token", "variant")
             folder = cls.download(folder, **{k: kwargs[k] for k in hub_arguments if k in kwargs})
         passed = [name for name in COMPONENTS if name in kwargs]
@@ -555,7 +555,15 @@ class DiffusionADPipeline(DiffusionPipeline):
             pretrained_model_name: a Hub id such as `"user/model"`.
             kwargs: `variant`, and those of `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`).
+
+        Raises:
+            WeightsFileError: for a path, at which there is no folder.
         """
+        name = pretrained_model_name
+        if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name:
+            raise WeightsFileError(
+                f"there is no folder {name!r}: give one that save_pretrained wrote, or a Hub id user/model"
+            )
         passed_on = ("cache_dir", "force_download", "local_files_only", "revision", "token")
         options = {k: kwargs[k] for k in passed_on if kwargs.get(k) is not None}
         networks, variant = ["unet", "segmentation"], kwargs.get("variant")
