@@ -249,7 +249,7 @@ def write_files(
         "pixel_threshold": pixel_threshold or None,
         "regions": [region._asdict() for region in regions],
     }
-    stem = Path(detection.name).stem or "picture"
+    stem = Path(detection.name).stem[:60] or "picture"
     folder = folder / uuid.uuid4().hex  # two visitors may have pictures of one name
     folder.mkdir(parents=True)
     overlay_path, map_path, report_path = (folder / f"{stem}{end}" for end in ("_overlay.png", "_map.png", ".json"))
