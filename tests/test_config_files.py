@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from diffusers import DDIMScheduler
 from saved_files import HUGE, NAN, WEIGHTS, edit_json, refused
 
 from diffusionad_pipe import DiffusionADPipeline
@@ -219,6 +220,12 @@ def test_components_in_each_others_place(saved):
     index = json.loads((saved / "model_index.json").read_text())
     edit_json(saved / "model_index.json", unet=index["segmentation"], segmentation=index["unet"])
     refused(saved, "do not fit|does not describe", saved)
+
+
+def test_another_scheduler(saved):
+    (saved / "scheduler" / "scheduler_config.json").write_text(DDIMScheduler().to_json_string())
+    edit_json(saved / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    refused(saved, "a DDIMScheduler stands in place of a NormGuided", saved / "model_index.json")
 
 
 def test_missing_folders(saved, tmp_path, monkeypatch):

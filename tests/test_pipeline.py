@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.utils import logging
 from PIL import Image
 
@@ -202,6 +203,8 @@ def test_bad_configuration(tiny_pipeline: DiffusionADPipeline) -> None:
         ({"noise_seed": 2**64}, "64 bits"),
         ({"image_threshold": float("nan")}, "image_threshold=nan must be a finite number"),
         ({"pixel_threshold": "abc"}, "pixel_threshold='abc' must be a finite number"),
+        ({"scheduler": DDIMScheduler()}, "a DDIMScheduler stands in place of a NormGuidedOneStepScheduler"),
+        ({"unet": parts["segmentation"]}, "in place of a DiffusionADUNet2DModel"),
     ):
         with pytest.raises(ValueError, match=cause):
             DiffusionADPipeline(**{**parts, **options})
