@@ -306,6 +306,7 @@ def test_what_a_dataset_lacks_is_said(
     assert f"- part: {remark}" in markdown_table([result])
     write_evaluation_report([result], data, None, tmp_path / "Ausgabe für Ä", {})
     page = (tmp_path / "Ausgabe für Ä" / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r">[\d.]+e\+\d+ %<", page)  # 1e+02 %
     assert remark in page and ("false alarm" in page or "passed" in page) == (missing != "test/good")
 
 
