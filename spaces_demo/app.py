@@ -3,6 +3,7 @@
 import math
 import os
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,24 @@ def card_of(model: str) -> str:
     return read_model_card(MENU[model]) or f"The model {model} has no model card."
 
 
+def delete_old_files() -> None:
+    """Delete uploads and results that are older than `KEEP_SECONDS`, again and again.
+
+    Gradio would, but its task ends for ever when a file comes in while it looks (6.31: "Set changed size").
+    """
+    examples = {file for block in demo.blocks.values() for file in getattr(block, "keep_in_cache", ())}
+    while True:
+        time.sleep(max(KEEP_SECONDS // 6, 1))
+        for files_of_block in demo.temp_file_sets:
+            for file in files_of_block.copy() - examples:
+                path = Path(file)
+                if not path.exists():
+                    files_of_block.discard(file)
+                elif time.time() - path.lstat().st_ctime > KEEP_SECONDS:
+                    path.unlink()
+                    files_of_block.discard(file)
+
+
 INTRODUCTION = """# Find the defect
 DiffusionAD has seen good parts only: it rebuilds your picture as a good part would look, and marks where the
 two really differ."""
@@ -302,7 +321,8 @@ ORDERS = ("Highest score first", "Lowest score first", "By name")
 
 NOTHING: tuple[Any, ...] = None, decide(None, 0), None, None, None, []
 
-with gr.Blocks(title="DiffusionAD", delete_cache=(max(KEEP_SECONDS // 6, 1), KEEP_SECONDS)) as demo:
+# At the end Gradio deletes all; until then it is delete_old_files that does.
+with gr.Blocks(title="DiffusionAD", delete_cache=(10**9, KEEP_SECONDS)) as demo:
     gr.Markdown(INTRODUCTION)
     detection = gr.State(time_to_live=KEEP_SECONDS)
     batch = gr.State(time_to_live=KEEP_SECONDS)
@@ -466,6 +486,7 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(max(KEEP_SECONDS // 6, 1), KEE
     chosen.then(lambda: NOTHING, outputs=results, api_visibility="private")
 
 demo.queue(max_size=MAX_WAITING)
+threading.Thread(target=delete_old_files, daemon=True).start()
 
 if __name__ == "__main__":
     # Fonts that the visitor's system has: none is downloaded.
