@@ -1,6 +1,8 @@
 """The Space's endpoints, called over the network with a tiny real model."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -263,3 +265,16 @@ def test_a_port_in_use_is_a_sentence(server, folder, tmp_path):
     done = subprocess.run(command, env=environment(tmp_path, port), capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert done.stderr.strip().endswith(f"port {port} is in use: set GRADIO_SERVER_PORT to another one")
+
+
+def test_200_pictures_leave_neither_memory_nor_files_behind(tmp_path):
+    """And benchmarks/space.py prints what it promises."""
+    model = save_model(tmp_path / "tiny")
+    command = [sys.executable, ROOT / "benchmarks" / "space.py", "--model", model, "--requests", "200"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"to the first page: [\d.]+ s\n", done.stdout)
+    assert len(re.findall(r"from upload to answer, picture \d: [\d.]+ s\n", done.stdout)) == 3
+    assert float(re.search(r"\((.\d+\.\d) %\)", done.stdout)[1]) <= 5, done.stdout
+    left = int(re.search(r"(\d+) after another", done.stdout)[1])
+    assert left <= len(list(EXAMPLES.iterdir())), done.stdout  # which are served from there
