@@ -165,6 +165,7 @@ def test_bad_files(folder: Path, tmp_path: Path) -> None:
         (np.full((32, 32, 3), 7.0), {}, "divide 0..255"),
         (np.zeros((3, 32, 32), np.uint8), {}, "make it"),
         (np.zeros((32, 32), np.int64), {}, "int64"),
+        (np.zeros((8, 300), np.uint8), {}, "aspect ratio of at most 32"),
         (PICTURES[0], {"batch_size": 17}, "1 ... 16"),
         (PICTURES[0], {"output_type": "pt"}, "'pil' or 'np'"),
     ],

@@ -84,6 +84,7 @@ def test_an_error_in_a_stream_comes_after_the_good_outputs(tiny_pipeline: Diffus
         ({"batch_size": 0}, "batch_size=0"),
         ({"noise": torch.zeros(2, 1, 3, 32, 32)}, "not known"),
         ({"generator": [torch.Generator()]}, "one generator for all"),
+        ({"return_dict": False}, "leave return_dict out"),
     ],
 )
 def test_bad_arguments_of_a_stream(tiny_pipeline: DiffusionADPipeline, arguments: dict, cause: str) -> None:

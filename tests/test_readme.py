@@ -28,6 +28,7 @@ ELSEWHERE = {
     "make space": ("tests/test_space.py", "app.py"),
     "pip install": ("Makefile", "pip install"),
     "accelerate launch training/evaluate.py": ("tests/test_evaluation.py", "accelerate.commands.launch"),
+    "accelerate launch -m diffusionad_pipe.cli": ("tests/test_prediction_processes.py", "accelerate.commands.launch"),
     "accelerate launch training/train.py": ("tests/test_training.py", "accelerate.commands.launch"),
     "python app.py": ("tests/test_wheel.py", "app.py"),
     "hf auth login": ("README.md", "hf auth login"),  # needs an account

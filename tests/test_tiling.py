@@ -1,5 +1,9 @@
 """Large pictures tile by tile: positions, weights, seams, scores, memory, bad input."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +102,90 @@ def test_the_score_is_that_of_the_blended_map(tiny_pipeline: DiffusionADPipeline
         assert output.anomaly_maps.shape == (1, 1, 70, 90)
         expected = output.anomaly_maps.flatten().topk(pixels).values.mean()
         assert output.anomaly_scores.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_a_mosaic_scores_as_its_tiles_do_alone(tiny_pipeline: DiffusionADPipeline) -> None:
+    """Without overlap even bit by bit: the noise repeats with the tiles, and a share counts the pixels of one tile."""
+    tiny_pipeline.register_to_config(score_top_k=0.05)
+    parts = [smooth_picture(96, 128)[top : top + 32, left : left + 32] for top in (0, 64) for left in (0, 32, 96)]
+    alone = tiny_pipeline(parts, batch_size=6, output_type="pt")
+    tiny_pipeline.enable_tiling(32, overlap=0)
+    mosaic = np.concatenate([np.concatenate(parts[:3], axis=1), np.concatenate(parts[3:], axis=1)])
+    tiled = tiny_pipeline(mosaic, batch_size=6, output_type="pt")
+    maps = torch.cat(
+        [torch.cat(list(alone.anomaly_maps[:3]), dim=-1), torch.cat(list(alone.anomaly_maps[3:]), dim=-1)], 1
+    )
+    torch.testing.assert_close(tiled.anomaly_maps[0], maps, rtol=0, atol=1e-6)
+    assert alone.anomaly_scores.max() <= tiled.anomaly_scores[0]
+    # A mosaic of one tile alone is as anomalous as this tile: its largest pixels come more often, not larger.
+    worst = parts[alone.anomaly_scores.argmax()]
+    repeated = tiny_pipeline(np.tile(worst, (3, 3, 1)), output_type="pt").anomaly_scores[0]
+    assert alone.anomaly_scores.max() <= repeated <= alone.anomaly_maps[alone.anomaly_scores.argmax()].max()
+
+
+def test_networks_see_a_batch_of_tiles_whatever_the_size(tiny_pipeline: DiffusionADPipeline) -> None:
+    tiny_pipeline.enable_tiling(32, 0.25)
+    seen: list[torch.Size] = []
+    for network in (tiny_pipeline.unet, tiny_pipeline.segmentation):
+        network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    for height, width in ((40, 60), (200, 300)):
+        tiny_pipeline(smooth_picture(height, width), batch_size=4)
+    assert set(seen[:2]) == {(8, 3, 32, 32), (4, 6, 32, 32)}
+    assert {shape[1:] for shape in seen} == {(3, 32, 32), (6, 32, 32)} and max(shape[0] for shape in seen) == 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_large_picture_is_that_of_its_results(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> None:
+    tiny_pipeline.save_pretrained(tmp_path)
+    script = """
+import ctypes, sys
+import numpy as np
+from pathlib import Path
+from diffusionad_pipe import DiffusionADPipeline
+
+def resident(field):
+    return 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(field)))
+
+pipe = DiffusionADPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+pipe.enable_tiling(64, overlap=0)
+picture = np.random.RandomState(0).randint(0, 256, (1024, 1024, 3), dtype=np.uint8)
+needed = []
+for height in (64, 64, 1024):  # the first call sets up the kernels
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    pipe(picture[:height], batch_size=4)
+    needed.append(resident("VmHWM") - before)
+print(*needed)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    _, small, large = map(int, done.stdout.split())
+    # A pixel's map and reconstruction in float32, as they are, clamped, and scaled to 8 bits: 16 + 16 + 24 + 4 bytes.
+    assert (large - small) / (960 * 1024) < 80, (small, large)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory")
+def test_out_of_memory_names_batch_and_tile_size(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> None:
+    tiny_pipeline.save_pretrained(tmp_path)
+    script = """
+import resource, sys
+import numpy as np
+from diffusionad_pipe import DiffusionADPipeline
+pipe = DiffusionADPipeline.from_pretrained(sys.argv[1])
+pipe.enable_tiling(4096, overlap=0)
+resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
+pipe(np.zeros((5000, 5000, 3), np.uint8), batch_size=16)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=600)
+    last = done.stderr.splitlines()[-1]
+    expected = (
+        "batch_size=16 and tile_size=4096 for a picture of 5000 x 5000 pixels: use a smaller batch_size, tile_size"
+    )
+    assert done.returncode == 1 and last.startswith("MemoryError: out of memory with ") and expected in last, (
+        done.stderr
+    )
 
 
 def test_tiled_outputs_do_not_depend_on_the_batch(tiny_pipeline: DiffusionADPipeline) -> None:

@@ -29,6 +29,7 @@ Graph: TypeAlias = Callable[[NDArray[np.uint8]], Sequence[NDArray[np.float32]]]
 FORMAT_VERSION = 1  # raised when this module could no longer run an older file, or an older module a newer file
 METADATA_KEY = "diffusionad"
 LARGEST_BATCH = 16
+MAX_ASPECT_RATIO = 32  # as the pipeline's
 SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}
 
 
@@ -178,6 +179,9 @@ def to_rgb_uint8(picture: Picture) -> NDArray[np.uint8]:
         raise ValueError(
             f"array of shape {array.shape}; make it [H, W] or [H, W, 1|3|4] with sides of at least 8 pixels"
         )
+    if max(array.shape[:2]) > MAX_ASPECT_RATIO * min(array.shape[:2]):
+        height, width = array.shape[:2]
+        raise ValueError(f"{height} x {width} pixels; crop it to an aspect ratio of at most {MAX_ASPECT_RATIO}")
     if array.dtype != np.uint8:
         array = _to_unit_range(array) * 255
     if array.shape[2] == 4:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from .acceleration import explained_out_of_memory
 from .pil_modes import read_pil
 
 Picture: TypeAlias = Image.Image | NDArray[Any] | torch.Tensor
@@ -73,11 +74,17 @@ class DiffusionADImageProcessor:
         Raises:
             TypeError: for something that is not a picture, such as a path.
             ValueError: for a picture whose shape, size or values cannot be used; says which one and the cure.
+            MemoryError: names the cure.
         """
-        pictures = self._to_tensors(images)
-        sizes = [_size(picture) for picture in pictures]
-        batch = torch.stack([_resize(picture, (height, width)) for picture in pictures])
-        return batch.clamp(0, 1), sizes
+        used = f"all pictures of one call at {height} x {width} pixels"
+        with explained_out_of_memory(used, "fewer of them, as the pipeline's stream() does, or a smaller size"):
+            pictures, resized, sizes = self.split(images), [], []
+            for index, picture in enumerate(pictures):  # one by one: floats of their own size need the most memory
+                with self.named(index, len(pictures)):
+                    tensor = self._to_tensor(picture)  # [3, h, w]
+                resized.append(_resize(tensor, (height, width)))
+                sizes.append(_size(tensor))
+            return torch.stack(resized).clamp(0, 1), sizes
 
     def postprocess(
         self, tensor: torch.Tensor, output_type: str, sizes: Sequence[tuple[int, int]] | None = None
@@ -325,13 +332,6 @@ class DiffusionADImageProcessor:
                 raise
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"picture {index}: {error}") from error
-
-    def _to_tensors(self, images: Pictures) -> list[torch.Tensor]:
-        pictures, tensors = self.split(images), []
-        for index, picture in enumerate(pictures):
-            with self.named(index, len(pictures)):
-                tensors.append(self._to_tensor(picture))
-        return tensors
 
     def _to_tensor(self, picture: Picture) -> torch.Tensor:
         """Turn one picture into float32 RGB `[3, h, w]` in [0, 1] on the CPU."""

@@ -218,9 +218,10 @@ class DiffusionADPipeline(DiffusionPipeline):
         timesteps = torch.tensor([small_timestep, large_timestep], device=device)
         maps, reconstructions = torch.empty_like(pictures[:, :1]), torch.empty_like(pictures)
         starts = range(0, len(pictures), batch_size)
+        used = f"batch_size={batch_size} at {height} x {width} pixels"
         for start in starts if len(starts) == 1 else self.progress_bar(starts):
             items = slice(start, start + batch_size)
-            with torch.inference_mode(), explained_out_of_memory(f"batch_size={batch_size}", "a smaller batch_size"):
+            with torch.inference_mode(), explained_out_of_memory(used, "a smaller batch_size"):
                 batch = pictures[items].to(device)
                 detected = self.detect(batch, noises[:, :, items], timesteps, guidance_scale, callback_on_step_end)
                 maps[items], reconstructions[items] = detected
@@ -372,6 +373,8 @@ class DiffusionADPipeline(DiffusionPipeline):
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if "noise" in arguments or isinstance(arguments.get("generator"), list):
             raise ValueError("the number of pictures in a stream is not known: give one generator for all, or none")
+        if "return_dict" in arguments:
+            raise ValueError("a stream yields outputs, not tuples: leave return_dict out")
         return self._stream(images, batch_size, output_type, {**arguments, "batch_size": batch_size})
 
     def _stream(

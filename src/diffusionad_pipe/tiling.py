@@ -133,12 +133,14 @@ def call_in_tiles(
             continue
         # A side shorter than a tile must still be one that the networks can take; the others stay as they are.
         sides = [side if side > tiling.tile_size else pipe.round_size(side, "side") for side in working]
-        with pipe.image_processor.named(index, len(pictures)):
+        tile_area = min(sides[0], tiling.tile_size) * min(sides[1], tiling.tile_size)
+        used = f"batch_size={batch_size} and tile_size={tiling.tile_size} for a picture of {size[0]} x {size[1]} pixels"
+        advice = "a smaller batch_size, tile_size in enable_tiling, or height and width"
+        with pipe.image_processor.named(index, len(pictures)), explained_out_of_memory(used, advice):
             if sides != list(size):
                 array = pipe.image_processor.preprocess(picture, *sides)[0][0]
             blended = blend_tiles(pipe, array, tiling, num_noise_samples, own, batch_size, **scales)
-        tile_area = min(sides[0], tiling.tile_size) * min(sides[1], tiling.tile_size)
-        outputs.append(pipe.to_output(*blended, [size], output_type, tile_area))
+            outputs.append(pipe.to_output(*blended, [size], output_type, tile_area))
     pipe.maybe_free_model_hooks()
     return join_outputs(outputs, output_type)
 
@@ -176,7 +178,6 @@ def blend_tiles(
 
     maps, reconstructions = torch.zeros(1, 1, height, width), torch.zeros(1, 3, height, width)
     positions = [(row, column) for row in range(len(rows)) for column in range(len(columns))]
-    advice = "a smaller batch_size, or tile_size in enable_tiling"
     starts = range(0, len(positions), batch_size)
     for start in starts if len(starts) == 1 else pipe.progress_bar(starts):
         batch = positions[start : start + batch_size]
@@ -184,8 +185,7 @@ def blend_tiles(
         tiles = torch.stack([processor.to_rgb(picture, (*corner, tile_height, tile_width)) for corner in corners])
         # The tile's window of the wallpaper: [K, 2, B, 3, h, w]
         shifted = torch.cat([noise.roll((-top, -left), (-2, -1)) for top, left in corners], dim=2)
-        used = f"batch_size={batch_size} and tile_size={tiling.tile_size}"
-        with torch.inference_mode(), explained_out_of_memory(used, advice):
+        with torch.inference_mode():
             detected = pipe.detect(tiles.to(device), shifted, timesteps, guidance_scale, callback_on_step_end)
         for index, ((row, column), (top, left)) in enumerate(zip(batch, corners)):
             weight = row_weights[row][:, None] * column_weights[column]  # [h, w]
