@@ -78,6 +78,7 @@ def test_the_bounds_are_small_at_every_scale() -> None:
 def test_bins_keep_the_order(scores: list[float]) -> None:
     bins = score_bins(torch.tensor(sorted(scores), dtype=torch.float64))
     assert (bins.diff() >= 0).all() and bins.min() >= 0 and bins.max() < 2**16
+    assert (score_bins(np.array(sorted(scores))) == bins.numpy()).all()
     lowest = torch.tensor(lowest_scores(bins.numpy()))
     assert (score_bins(lowest) == bins).all() and (lowest <= torch.tensor(sorted(scores)).float()).all()
     assert score_bins(torch.tensor([-0.0])) == score_bins(torch.tensor([0.0]))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .operating_points import OperatingPoints, image_metrics, pixel_metrics
-from .scored_pictures import Array, check_pictures, label_regions
+from .scored_pictures import Array, check_pictures, label_regions, where_it_is_fastest
 
 BINS = 2**16
 # A region's share is counted in whole numbers of this, so that sums do not depend on their order.
@@ -65,14 +65,18 @@ class StreamingAnomalyMetrics:
         self.labels += pictures.labels.tolist()
         for anomaly_map, mask in zip(pictures.maps, pictures.masks):
             if mask is not None:
-                self._count(score_bins(anomaly_map), mask)
+                self._count(score_bins(where_it_is_fastest(anomaly_map)), mask)
 
-    def _count(self, bins: torch.Tensor, mask: np.ndarray) -> None:
-        self.good += torch.bincount(bins.flatten(), minlength=BINS).cpu().numpy()
+    def _count(self, bins: Array, mask: np.ndarray) -> None:
+        if isinstance(bins, torch.Tensor):
+            self.good += torch.bincount(bins.flatten(), minlength=BINS).cpu().numpy()
+            defective = bins[torch.from_numpy(mask).to(bins.device)].cpu().numpy()
+        else:
+            self.good += np.bincount(bins.ravel(), minlength=BINS)
+            defective = bins[mask]
         if not mask.any():
             return
         regions, sizes = label_regions(mask)
-        defective = bins[torch.from_numpy(mask).to(bins.device)].cpu().numpy()
         # The cells are sorted by region, then by bin.
         cells, pixels = np.unique(regions * BINS + defective, return_counts=True)
         region, cell_bin = np.divmod(cells, BINS)
@@ -120,9 +124,15 @@ class StreamingAnomalyMetrics:
         )
 
 
-def score_bins(scores: torch.Tensor) -> torch.Tensor:
+def score_bins(scores: Array) -> Array:
     """Bins in [0, 65536) of finite scores of any shape: a higher score is never in a lower bin."""
-    bits = (scores.float() + 0.0).view(torch.int32)  # the sum makes -0.0, which equals 0.0, the same bits
+    # The sum makes -0.0, which equals 0.0, the same bits.
+    bits: Array
+    if isinstance(scores, torch.Tensor):
+        bits = (scores.float() + 0.0).view(torch.int32)
+    else:
+        with np.errstate(over="ignore"):  # float64 beyond float32 is infinite, the highest score
+            bits = (scores.astype(np.float32) + np.float32(0)).view(np.int32)
     # The bits of negative floats fall as the floats rise.
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered >> 16) + BINS // 2
