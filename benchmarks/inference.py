@@ -102,9 +102,10 @@ def main() -> None:
     parser.add_argument(
         "--model", default="pretrained/hazelnut", help="a folder, a Hub id, or a preset: tiny, small, base, paper"
     )
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="none: latency only")
+    parser.add_argument("--forms", nargs="+", metavar="FORM", help="of the pipeline, such as bfloat16; default: all")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--measured_steps", type=int, default=2, help="of each iterative denoising")
+    parser.add_argument("--measured_steps", type=int, default=2, help="of each iterative denoising; 0: none")
     parser.add_argument("--compile", action="store_true", help="also compiled: takes minutes before")
     parser.add_argument("--peak_side", type=int, help="of the matrices that the peak is measured with")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
@@ -113,9 +114,10 @@ def main() -> None:
     device = PartialState().device
     pipe = load_model(arguments.model, device)
     size = pipe.config.image_size
-    pictures = torch.rand(max(arguments.batch_sizes), 3, size, size, generator=torch.Generator().manual_seed(0))
+    pictures = torch.rand(max([1, *arguments.batch_sizes]), 3, size, size, generator=torch.Generator().manual_seed(0))
     on_device = pictures[:1].to(device)
     pipes = variants(pipe, arguments.compile)
+    pipes = {name: form for name, form in pipes.items() if name in (arguments.forms or pipes)}
     results: dict[str, Any] = {"machine": machine(device), "model": arguments.model, "image_size": size}
     print(f"{arguments.model}, {size} px, {results['machine']}, medians of {arguments.rounds}\n")
 
@@ -130,16 +132,17 @@ def main() -> None:
     methods: dict[str, Callable[[], object]] = {
         AUTHORS: lambda: authors_way(pipe, on_device),
         INFERENCE_MODE: inference_mode,
-        "denoising steps": lambda: iterative(pipe, on_device, arguments.measured_steps),
         **{f"pipeline, {name}": call(name, 1) for name in pipes},
     }
+    if arguments.measured_steps:
+        methods["denoising steps"] = lambda: iterative(pipe, on_device, arguments.measured_steps)
     timings = in_turns(methods, arguments.rounds, device)
-    steps = timings.pop("denoising steps")
-    for count in (50, 1000):
+    for count in (50, 1000) if arguments.measured_steps else ():
         scale = count / arguments.measured_steps
         timings[f"{count} denoising steps, extrapolated from {arguments.measured_steps}"] = Timing(
-            *(scale * s for s in steps)
+            *(scale * s for s in timings["denoising steps"])
         )
+    timings.pop("denoising steps", None)
     rows: list[tuple[Any, ...]] = []
     results["latency"] = {}
     for name, timing in timings.items():
@@ -149,6 +152,10 @@ def main() -> None:
         shown = "" if memory is None else f"{memory / GIB:.2f}"
         rows.append((name, timing, *(f"{t:.3g}" for t in times), shown))
     print_table(("one picture", "seconds", "times the authors'", "times inference mode", "peak memory, GiB"), rows)
+
+    if not arguments.batch_sizes:
+        write_json(arguments.output, results)
+        return
 
     # 2. Throughput by batch size.
     methods = {f"{name}|{b}": call(name, b) for name in pipes for b in arguments.batch_sizes}
