@@ -71,7 +71,7 @@ class DiffusionADUNet2DOutput(BaseOutput):
 
 class DiffusionADUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     """A UNet that predicts, in one step, the clean picture (or its noise) from a noised one. The defaults are
-    the paper's network at 256 pixels: 131,654,403 parameters, 511 GFLOP a forward pass.
+    the paper's network at 256 pixels: 131,654,403 parameters, 563 GFLOP a forward pass.
 
     Args:
         sample_size: nominal side of the picture in pixels. Other sizes work when divisible by `size_divisor`.
