@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := pretrained/hazelnut
 PICTURES := training/data/hazelnut_toy/hazelnut/test
+TRAIN := $(BIN)/accelerate launch --num_processes 1 training/train.py
+resume = $(if $(wildcard runs/$(1)/checkpoint-*),--resume_from_checkpoint latest)
 
 .PHONY: demo test quality space train-hazelnut evaluate clean
 
@@ -30,11 +32,8 @@ space: $(VENV)/installed  ## the Gradio demo on this machine
 	$(BIN)/python spaces_demo/app.py
 
 train-hazelnut: $(VENV)/installed  ## train the shipped model again, in two runs (on, after an interruption)
-	for run in hazelnut_first hazelnut; do \
-		$(BIN)/accelerate launch --num_processes 1 training/train.py --config training/configs/$$run.yaml \
-			--output_dir runs/$$run $$(ls -d runs/$$run/checkpoint-* >/dev/null 2>&1 && echo --resume_from_checkpoint latest) \
-			|| exit 1; \
-	done
+	$(TRAIN) --config training/configs/hazelnut_first.yaml --output_dir runs/hazelnut_first $(call resume,hazelnut_first)
+	$(TRAIN) --config training/configs/hazelnut.yaml --output_dir runs/hazelnut $(call resume,hazelnut)
 
 evaluate: $(VENV)/installed  ## the figures of the README
 	$(BIN)/diffusionad evaluate --model $(MODEL) --data training/data/hazelnut_toy/hazelnut --output evaluation

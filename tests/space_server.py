@@ -30,6 +30,7 @@ def save_model(folder: Path, image_threshold: float | None = 0.4, pixel_threshol
     torch.manual_seed(0)
     blocks = {"block_out_channels": (32, 64), "attention": (False, True)}
     unet = DiffusionADUNet2DModel(sample_size=64, patch_size=4, **blocks)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)  # it begins as zero, whatever the noise scale
     segmentation = SegmentationUNet2DModel(base_channels=8, norm_type="group")
     scheduler = NormGuidedOneStepScheduler(prediction_type="sample")
     thresholds = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}

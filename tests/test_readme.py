@@ -74,7 +74,10 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     program, *arguments = shlex.split(command)
     if program == "make":  # what it would do, in small
         recipe = subprocess.run(
-            ["make", "--dry-run", "--old-file=.venv/installed", *arguments], cwd=ROOT, capture_output=True, text=True
+            ["make", "--dry-run", "--no-print-directory", "--old-file=.venv/installed", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         ).stdout.replace("\\\n", " ")
         recipe = recipe[recipe.rindex(".venv/bin/") + len(".venv/bin/") :].strip()
         if "train.py" in recipe:

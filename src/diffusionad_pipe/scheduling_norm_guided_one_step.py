@@ -96,15 +96,18 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
                 f"guidance_scale={guidance_scale!r} and clip_sample_range={clip_sample_range!r} must be finite, the "
                 "range above 0"
             )
-        # In float64, as the authors do: a float32 product of a thousand factors is off by 1e-6.
+        # In float64, as the authors do: a float32 product of a thousand factors is off by 1e-6. On the CPU, also where
+        # networks are built on another default device: the betas are looked at below.
         if trained_betas is not None:
-            betas = torch.as_tensor(np.asarray(trained_betas), dtype=torch.float64)
+            betas = torch.as_tensor(np.asarray(trained_betas), dtype=torch.float64, device="cpu")
         elif beta_schedule == "linear":
-            betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
+            betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64, device="cpu")
         elif beta_schedule == "scaled_linear":
-            betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64) ** 2
+            roots = beta_start**0.5, beta_end**0.5
+            betas = torch.linspace(*roots, num_train_timesteps, dtype=torch.float64, device="cpu") ** 2
         elif beta_schedule == "squaredcos_cap_v2":
-            betas = betas_for_alpha_bar(num_train_timesteps).double()
+            with torch.device("cpu"):
+                betas = betas_for_alpha_bar(num_train_timesteps).double()
         else:
             raise ValueError(f"beta_schedule must be linear, scaled_linear or squaredcos_cap_v2, not {beta_schedule!r}")
         if betas.shape != (num_train_timesteps,) or not ((betas >= 0) & (betas < 1)).all():  # NaN is neither
