@@ -50,6 +50,7 @@ def trained(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> Path:
     tiny_pipeline.save_pretrained(folder)
     config = yaml.safe_load((ROOT / "pretrained" / "hazelnut" / "training_config.yaml").read_text())
     config |= {"train_data_dir": str(tmp_path / "screws"), "dataset_title": None, "output_dir": str(folder)}
+    config |= {"pretrained_model_name_or_path": None}
     for name in ("log.jsonl", "samples/step-0000002.png", "checkpoint-1/model.safetensors", "unet/weights.bin"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"{}")
