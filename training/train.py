@@ -138,6 +138,7 @@ def build_datasets(
             foregrounds=mattes[chosen].to(device) if isinstance(mattes, torch.Tensor) else mattes,
             texture_probability=config.texture_probability,
             procedural_probability=config.procedural_probability,
+            grayscale_anomalies=config.grayscale_anomalies,
             timestep_boundary=config.timestep_boundary,
             timestep_maximum=config.timestep_maximum,
             **options,

@@ -76,6 +76,12 @@ def preview_synthesis(
     procedural_probability: Annotated[
         float, typer.Option(min=0, max=1, help="Share of textures that are drawn: clouds and plain colours.")
     ] = 0.0,
+    grayscale_anomalies: Annotated[
+        bool,
+        typer.Option(
+            "--grayscale-anomalies/--no-grayscale-anomalies", help="Anomalies on grey pictures are grey; the paper: no."
+        ),
+    ] = True,
     validation_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the pictures that training holds out.")
     ] = 0.15,
@@ -116,6 +122,7 @@ def preview_synthesis(
             foreground_model=foreground_model,
             texture_probability=texture_probability,
             procedural_probability=procedural_probability,
+            grayscale_anomalies=grayscale_anomalies,
             seed=seed,
             count=count,
             draws=draws,

@@ -23,6 +23,8 @@ MAX_PERLIN_EXPONENT = 5
 PERLIN_THRESHOLD = 0.5
 MASK_TRIES = 50
 SHUFFLE_GRID = 8
+# Grey pictures have equal channels; a few levels more are JPEG's rounding.
+GREY_TOLERANCE = 4 / 255
 
 
 class AnomalySamples(NamedTuple):
@@ -160,6 +162,7 @@ def synthesize_anomalies(
     anomaly_probability: float = 0.5,
     texture_probability: float = 0.5,
     procedural_probability: float = 0.0,
+    grayscale_anomalies: bool = False,
 ) -> AnomalySamples:
     """Leave each normal picture as it is, or put a synthetic anomaly on it.
 
@@ -173,6 +176,8 @@ def synthesize_anomalies(
             shuffled. 0.5 for objects and 1 for texture categories in the paper; without any textures it is 0.
         procedural_probability: how often a texture is drawn by `procedural_textures` instead of chosen from `textures`;
             0 in the paper, and 1 where there are none but it is not 0.
+        grayscale_anomalies: put grey anomalies on grey pictures. Not in the paper: there textures keep their colours,
+            and on grey pictures colour alone tells every synthetic anomaly, but no real one.
 
     Returns:
         [`AnomalySamples`].
@@ -194,6 +199,9 @@ def synthesize_anomalies(
         texture_probability=texture_probability,
         procedural_probability=procedural_probability,
     )
+    if grayscale_anomalies:
+        grey = (anomalous.amax(1) - anomalous.amin(1)).flatten(1).amax(1) <= GREY_TOLERANCE
+        sources[grey] = sources[grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
     opacity = uniform(0.2, 0.8, own).view(-1, 1, 1, 1).to(images)  # β: of the original
     blended = opacity * anomalous + (1 - opacity) * sources
     result = images.clone()

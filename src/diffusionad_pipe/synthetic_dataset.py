@@ -29,6 +29,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
         anomaly_probability: share of draws with an anomaly.
         texture_probability: share of anomalies that are textures.
         procedural_probability: share of textures that are procedural.
+        grayscale_anomalies: put grey anomalies on grey pictures.
         horizontal_flip: flip every other draw left to right.
         vertical_flip: flip every other draw upside down.
         crop_size: side of a random square that is cut from each draw; None keeps the whole picture.
@@ -48,6 +49,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
         anomaly_probability: float = 0.5,
         texture_probability: float = 0.5,
         procedural_probability: float = 0.0,
+        grayscale_anomalies: bool = False,
         horizontal_flip: bool = False,
         vertical_flip: bool = False,
         rotation: float = 0.0,
@@ -63,6 +65,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
         self.anomaly_probability = anomaly_probability
         self.texture_probability = texture_probability
         self.procedural_probability = procedural_probability
+        self.grayscale_anomalies = grayscale_anomalies
         self.flips = ((horizontal_flip, -1), (vertical_flip, -2))
         self.rotation = rotation
         self.crop_size = crop_size
@@ -91,6 +94,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
             anomaly_probability=self.anomaly_probability,
             texture_probability=self.texture_probability,
             procedural_probability=self.procedural_probability,
+            grayscale_anomalies=self.grayscale_anomalies,
         )
         return [
             {
