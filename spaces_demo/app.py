@@ -1,4 +1,7 @@
-"""A page that shows where pictures are defective, for Hugging Face Spaces or `python spaces_demo/app.py`."""
+"""A page that shows where pictures are defective, for Hugging Face Spaces or `python spaces_demo/app.py`.
+
+The page is there before the model is: torch and the weights are loaded once it can be seen.
+"""
 
 import math
 import os
@@ -32,9 +35,9 @@ from detection import (
     write_files,
 )
 from gradio.processing_utils import save_pil_to_cache
-from model_menu import load_model, read_menu, read_model_card
+from model_menu import load_model, read_defaults, read_menu, read_model_card
 
-from diffusionad_pipe.image_processor import COLOUR_SCALE
+from diffusionad_pipe.colours import COLOUR_SCALE
 
 HERE = Path(__file__).parent
 EXAMPLES = sorted(map(str, HERE.glob("examples/*.jpg")))
@@ -48,7 +51,9 @@ KEEP_SECONDS = int(os.environ.get("DIFFUSIONAD_KEEP_SECONDS", "1800"))  # pictur
 try:
     MENU = read_menu((HERE, HERE.parent), os.environ)  # a Space's own folder, or beside spaces_demo in a checkout
     DEFAULT = next(iter(MENU))
-    default_pipe = load_model(DEFAULT, MENU[DEFAULT])
+    defaults = read_defaults(DEFAULT, MENU[DEFAULT])
+    if os.environ.get("SPACES_ZERO_GPU"):  # there a model is moved to the GPU before the page is launched, or each time
+        load_model(DEFAULT, MENU[DEFAULT])
 except ValueError as error:
     raise SystemExit(str(error)) from error
 MODEL_IN_USE = threading.Lock()  # one picture at a time, so that a long batch and single pictures take turns
@@ -299,14 +304,14 @@ THRESHOLDS = (
     ("Decision threshold", "A picture is defective when its score is above; 0 makes no decision."),
     ("Mask threshold", "Pixels of the heatmap above it are marked; 0 marks none."),
 )
-config, last = default_pipe.scheduler.config, len(default_pipe.scheduler) - 1
+last = defaults.num_train_timesteps - 1
 SETTINGS: tuple[tuple[str, str, float, float, float], ...] = (  # label, explanation, minimum, maximum, step
     ("Small noise scale", "Keeps details; more hides more of a defect.", 0, last, 1),
     ("Large noise scale", "Hides defects wholly; above the small one.", 0, last, 1),
     ("Guidance weight", "How much the large scale corrects the small.", 0, 5, 0.1),
     ("Noise samples", "Averages over this many: steadier, but slower.", 1, MAX_NOISE_SAMPLES, 1),
 )
-DEFAULT_SETTINGS = (config.small_timestep, config.large_timestep, config.guidance_scale, 1)
+DEFAULT_SETTINGS = (defaults.small_timestep, defaults.large_timestep, defaults.guidance_scale, 1)
 
 STEP_LABELS = (
     ("Small noise", "A little noise: most of a defect still shows through."),
@@ -341,10 +346,9 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(10**9, KEEP_SECONDS)) as demo:
                     button = gr.Button("Detect", variant="primary")
                     examples = gr.Examples(EXAMPLES, picture, cache_examples=False)
                     with gr.Accordion("Advanced", open=False):
-                        default_thresholds = default_pipe.config.image_threshold, default_pipe.config.pixel_threshold
                         thresholds = [
                             gr.Slider(0, 1, round(value or 0, 4), step=0.0001, label=label, info=explanation)
-                            for (label, explanation), value in zip(THRESHOLDS, default_thresholds)
+                            for (label, explanation), value in zip(THRESHOLDS, defaults[:2])
                         ]
                         gr.Markdown("The next press of Detect takes these:")
                         settings = [
@@ -514,8 +518,14 @@ if __name__ == "__main__":
             enable_monitoring=False,
             footer_links=["api", "settings"],
             run_history=False,
+            prevent_thread_lock=True,
         )
     except OSError as error:
         if "empty port" not in str(error):
             raise
         raise SystemExit(f"port {port or '7860 to 7959'} is in use: set GRADIO_SERVER_PORT to another one") from error
+    try:
+        load_model(DEFAULT, MENU[DEFAULT])  # whoever is quicker waits for this copy
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    demo.block_thread()

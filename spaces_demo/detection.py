@@ -1,4 +1,7 @@
-"""One picture through the model, and all that is drawn and written from the result without running it again."""
+"""One picture through the model, and all that is drawn and written from the result without running it again.
+
+Imports torch when it is needed, see `model_menu`.
+"""
 
 import json
 import os
@@ -6,15 +9,18 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from diffusionad_pipe import DiffusionADPipeline, open_image
-from diffusionad_pipe.defect_regions import DefectRegion, find_defect_regions
+from diffusionad_pipe import open_image
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffusionad_pipe import DiffusionADPipeline
+    from diffusionad_pipe.defect_regions import DefectRegion
 
 MAX_PICTURE_BYTES = 20 * 2**20
 MAX_PIXELS = 24_000_000  # a phone's picture fits
@@ -66,7 +72,7 @@ class Detection:
     model: str
     settings: Settings
     score: float
-    anomaly_map: torch.Tensor
+    anomaly_map: "torch.Tensor"
     shown: Image.Image
     reconstruction: Image.Image
     steps: list[Image.Image]
@@ -82,11 +88,11 @@ class Finding(NamedTuple):
     """
 
     verdict: dict[str, Any]
-    regions: list[DefectRegion]
+    regions: "list[DefectRegion]"
     picture: Image.Image
 
 
-def run_model(pipe: DiffusionADPipeline, model: str, path: str, name: str, settings: Settings) -> Detection:
+def run_model(pipe: "DiffusionADPipeline", model: str, path: str, name: str, settings: Settings) -> Detection:
     """Find the defects in a picture file.
 
     Args:
@@ -103,7 +109,9 @@ def run_model(pipe: DiffusionADPipeline, model: str, path: str, name: str, setti
     end = time.monotonic() + MAX_SECONDS
     first_step: dict[str, torch.Tensor] = {}
 
-    def watch(pipe: DiffusionADPipeline, index: int, timesteps: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    def watch(
+        pipe: "DiffusionADPipeline", index: int, timesteps: "torch.Tensor", tensors: "dict[str, torch.Tensor]"
+    ) -> None:
         if not index:
             first_step.update({key: tensors[key].cpu() for key in STEPS})
         if time.monotonic() > end:
@@ -165,14 +173,14 @@ def decide(score: float | None, threshold: float) -> dict[str, Any]:
     return {"verdict": verdict, "explanation": explanation, "score": score, "threshold": threshold or None}
 
 
-def draw_heatmap(pipe: DiffusionADPipeline, detection: Detection) -> Image.Image:
+def draw_heatmap(pipe: "DiffusionADPipeline", detection: Detection) -> Image.Image:
     """The anomaly map over the picture, of the size of `shown`, on the scale from 0 to 1."""
     anomaly_map = resize_map(pipe, detection, (detection.shown.height, detection.shown.width))
     return pipe.image_processor.visualize_anomaly_map(detection.shown, anomaly_map, opacity=OPACITY)
 
 
 def judge(
-    pipe: DiffusionADPipeline, detection: Detection, image_threshold: float, pixel_threshold: float, chosen: int = 0
+    pipe: "DiffusionADPipeline", detection: Detection, image_threshold: float, pixel_threshold: float, chosen: int = 0
 ) -> Finding:
     """Verdict, regions and contours for these thresholds, without running the model.
 
@@ -183,6 +191,10 @@ def judge(
         pixel_threshold: pixels above are marked, in [0, 1]; 0 marks none.
         chosen: number of the region to be framed, from 1; 0 for none.
     """
+    import torch.nn.functional as F
+
+    from diffusionad_pipe.defect_regions import find_defect_regions
+
     verdict, shown = decide(detection.score, image_threshold), detection.shown
     if not pixel_threshold:
         return Finding(verdict, [], shown)
@@ -207,13 +219,13 @@ def judge(
     return Finding(verdict, regions, picture)
 
 
-def resize_map(pipe: DiffusionADPipeline, detection: Detection, size: tuple[int, int]) -> torch.Tensor:
+def resize_map(pipe: "DiffusionADPipeline", detection: Detection, size: tuple[int, int]) -> "torch.Tensor":
     """The anomaly map `[height, width]` in [0, 1] at another size (height, width)."""
     return pipe.image_processor.resize_to(detection.anomaly_map, [size])[0][0].clamp(0, 1)
 
 
 def write_files(
-    pipe: DiffusionADPipeline, detection: Detection, image_threshold: float, pixel_threshold: float, folder: Path
+    pipe: "DiffusionADPipeline", detection: Detection, image_threshold: float, pixel_threshold: float, folder: Path
 ) -> list[str]:
     """Write what a visitor may keep, at the picture's own size.
 

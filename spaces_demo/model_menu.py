@@ -1,21 +1,46 @@
-"""The models that visitors may choose: named by the operator, loaded when first chosen, safetensors only."""
+"""The models that visitors may choose: named by the operator, loaded when first chosen, safetensors only.
 
+torch is imported when the first model is loaded: that takes several seconds, and a page can be shown without it.
+"""
+
+import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from diffusionad_pipe import DiffusionADPipeline
+if TYPE_CHECKING:
+    from diffusionad_pipe import DiffusionADPipeline
 
 MAX_LOADED = 2  # models in memory at once
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOADING = threading.Lock()  # two visitors who choose one model wait for the same copy
+
+
+class Defaults(NamedTuple):
+    """A model's own thresholds and settings, as its files say.
+
+    Args:
+        image_threshold: see `app.detect`; None where the model was not calibrated.
+        pixel_threshold: likewise.
+        small_timestep: see `detection.Settings`.
+        large_timestep: likewise.
+        guidance_scale: likewise.
+        num_train_timesteps: the noise scales are below.
+    """
+
+    image_threshold: float | None
+    pixel_threshold: float | None
+    small_timestep: int
+    large_timestep: int
+    guidance_scale: float
+    num_train_timesteps: int
 
 
 def read_menu(folders: Iterable[Path], environment: Mapping[str, str]) -> dict[str, str]:
@@ -54,7 +79,27 @@ def is_folder(source: str) -> bool:
     return os.path.isdir(source) or source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
 
 
-def load_model(name: str, source: str) -> DiffusionADPipeline:
+def read_defaults(name: str, source: str) -> Defaults:
+    """What the controls of the page begin with, read without loading the model.
+
+    Args:
+        name: what visitors call the model.
+        source: its folder or Hub id.
+
+    Raises:
+        ValueError: as [`load_model`].
+    """
+    with sentences_for(name, source):
+        found = {}
+        for file in ("model_index.json", "scheduler/scheduler_config.json"):
+            found |= json.loads(_find_file(source, file).read_text(encoding="utf-8"))
+        missing = [field for field in Defaults._fields if field not in found]
+        if missing:
+            raise ValueError(f"{name} is no DiffusionAD pipeline: its files do not say {', '.join(missing)}")
+        return Defaults(*(found[field] for field in Defaults._fields))
+
+
+def load_model(name: str, source: str) -> "DiffusionADPipeline":
     """The pipeline of a model, from memory where it was used lately.
 
     Args:
@@ -64,9 +109,15 @@ def load_model(name: str, source: str) -> DiffusionADPipeline:
     Raises:
         ValueError: when it cannot be loaded; a sentence without a path of this machine.
     """
+    with sentences_for(name, source), LOADING:
+        return _load(source)
+
+
+@contextmanager
+def sentences_for(name: str, source: str) -> Iterator[None]:
+    """Turn whatever goes wrong with a model's files into a ValueError for visitors."""
     try:
-        with LOADING:
-            return _load(source)
+        yield
     except RepositoryNotFoundError as error:
         message = "the Hub has no such model, or it is private; check the id, and set HF_TOKEN if it is yours"
         raise ValueError(f"{name}: {message}") from error
@@ -81,10 +132,18 @@ def load_model(name: str, source: str) -> DiffusionADPipeline:
 
 
 @lru_cache(maxsize=MAX_LOADED)
-def _load(source: str) -> DiffusionADPipeline:
-    pipe = DiffusionADPipeline.from_pretrained(source).to(DEVICE)
+def _load(source: str) -> "DiffusionADPipeline":
+    import torch
+
+    from diffusionad_pipe import DiffusionADPipeline
+
+    pipe = DiffusionADPipeline.from_pretrained(source).to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _find_file(source: str, name: str) -> Path:
+    return Path(source, name) if is_folder(source) else Path(hf_hub_download(source, name))
 
 
 def read_model_card(source: str) -> str:
@@ -97,8 +156,7 @@ def read_model_card(source: str) -> str:
         The text, or "" where there is none.
     """
     try:
-        path = Path(source, "README.md") if is_folder(source) else Path(hf_hub_download(source, "README.md"))
-        text = path.read_text(encoding="utf-8")
+        text = _find_file(source, "README.md").read_text(encoding="utf-8")
     except (OSError, ValueError):  # the Hub's errors are among them
         return ""
     text = re.sub(r"\A\s*---\n.*?\n---\n", "", text, flags=re.DOTALL)

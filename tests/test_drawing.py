@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from tiny_pictures import COLOUR, HEIGHT, PIXELS, WIDTH
 
-from diffusionad_pipe.image_processor import COLOUR_SCALE, CONTOUR_COLOUR, _colourize
+from diffusionad_pipe.colours import COLOUR_SCALE
+from diffusionad_pipe.image_processor import CONTOUR_COLOUR, _colourize
 
 TOP_COLOUR = tuple(bytes.fromhex(COLOUR_SCALE.split()[-1]))  # of a map that is 1
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from .acceleration import explained_out_of_memory
+from .colours import COLOUR_SCALE
 from .pil_modes import read_pil
 
 Picture: TypeAlias = Image.Image | NDArray[Any] | torch.Tensor
@@ -28,9 +29,6 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 FULL_SCALE = {"bool": 1.0, "uint8": 255.0, "uint16": 65535.0}
 TOLERANCE = 1e-6  # rounding of the caller's own arithmetic around 0 and 1
 
-# Eleven RGB colours at equal steps of lightness in Oklab, 0.28 to 0.75, from indigo over violet to pink. So their
-# order survives colour blindness and a grey printer, and the top end is a colour that few surfaces have.
-COLOUR_SCALE = "1c0679 350c8a 4d0f9b 660eac 8011b8 9e1cb6 be1eb3 de15af eb40b7 f55ec0 ff78c8"
 CONTOUR_COLOUR = (0, 229, 255)  # not a colour of the scale, and rare on surfaces
 PANEL_SIDES = (256, 512)  # the longest side of a picture in a panel
 PANEL_INK = (32, 32, 32)

@@ -17,8 +17,8 @@ from PIL import Image
 from skimage.measure import approximate_polygon
 from sklearn.metrics import roc_auc_score
 
+from .colours import COLOUR_SCALE
 from .image_files import PathLike, write_atomically
-from .image_processor import COLOUR_SCALE
 from .metrics import f1_max
 from .model_card import METRIC_NAMES
 
