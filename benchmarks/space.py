@@ -64,6 +64,7 @@ def measure(server: subprocess.Popen[bytes], address: str, requests: int, upload
 
     examples = sorted((ROOT / "spaces_demo" / "examples").iterdir())
     client = Client(address, verbose=False, analytics_enabled=False, download_files=False)
+    print("the first answer waits until the model is loaded, which begins when the page is there")
     for number in range(3):
         start = time.monotonic()
         client.predict(handle_file(examples[number]), api_name="/detect")

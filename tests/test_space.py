@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from space_server import APP, EXAMPLES, ROOT, START_SECONDS, environment, save_model, serve
+from space_server import APP, EXAMPLES, ROOT, START_SECONDS, environment, free_port, save_model, serve
 
 from diffusionad_pipe import DiffusionADPipeline, open_image
 
@@ -265,6 +265,30 @@ def test_a_port_in_use_is_a_sentence(server, folder, tmp_path):
     done = subprocess.run(command, env=environment(tmp_path, port), capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert done.stderr.strip().endswith(f"port {port} is in use: set GRADIO_SERVER_PORT to another one")
+
+
+def test_the_page_is_there_before_the_model_and_a_damaged_one_ends_it(tmp_path):
+    """Found while the page is shown, and told as a sentence."""
+    model = save_model(tmp_path / "tiny")
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    variables = environment(tmp_path, free_port(), DIFFUSIONAD_MODEL=str(model))
+    done = subprocess.run([sys.executable, APP], env=variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1
+    assert "Running on local URL" in done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert "tiny/unet/diffusion_pytorch_model.safetensors" in last and str(tmp_path) not in last
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["{", '{"image_threshold": null}'])
+def test_a_model_without_settings_is_a_sentence_at_once(tmp_path, damage):
+    model = save_model(tmp_path / "tiny")
+    (model / "model_index.json").write_text(damage)
+    variables = environment(tmp_path, free_port(), DIFFUSIONAD_MODEL=str(model))
+    done = subprocess.run([sys.executable, APP], env=variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and "Running on" not in done.stdout
+    assert done.stderr.strip().splitlines()[-1].startswith("tiny") and "Traceback" not in done.stderr
 
 
 def test_200_pictures_leave_neither_memory_nor_files_behind(tmp_path):

@@ -179,6 +179,23 @@ def test_sources_are_drawn_as_often_as_asked() -> None:
     assert share_unchanged(texture_probability=1, procedural_probability=1) < 0.6
 
 
+def test_grey_pictures_get_grey_anomalies() -> None:
+    """And coloured ones get theirs as before, whatever else is in the batch."""
+    coloured = pictures(40, 32)
+    images = torch.cat([coloured, coloured.mean(1, keepdim=True).expand(-1, 3, -1, -1)])
+    options = {"anomaly_probability": 1, "procedural_probability": 0.5}
+    mattes = torch.ones(80, 1, 32, 32)
+    grey, paper = (
+        synthesize_anomalies(images, mattes, textures(32), generators(80), **options, grayscale_anomalies=setting)
+        for setting in (True, False)
+    )
+    assert torch.equal(grey.masks, paper.masks)
+    assert torch.equal(grey.images[:40], paper.images[:40])
+    colour = [(made.images[40:].amax(1) - made.images[40:].amin(1)).flatten(1).amax(1) for made in (grey, paper)]
+    assert colour[0].max() < 1e-6 and colour[1].median() > 0.05
+    assert not torch.equal(grey.images[40:], images[40:])
+
+
 def test_empty_foreground_leaves_the_picture_normal() -> None:
     images, masks, labels = synthesize_anomalies(
         pictures(3, 32), torch.zeros(3, 1, 32, 32), textures(32), generators(3), anomaly_probability=1
