@@ -34,7 +34,7 @@ from detection import (
     run_model,
     write_files,
 )
-from gradio.processing_utils import save_pil_to_cache
+from gradio import processing_utils
 from model_menu import load_model, read_defaults, read_menu, read_model_card
 
 from diffusionad_pipe.colours import COLOUR_SCALE
@@ -76,6 +76,14 @@ def get_model(name: str):
 def sentence(error: object) -> gr.Error:
     """What went wrong, for the visitor; the log needs no traceback of it."""
     return gr.Error(str(error), print_exception=False)
+
+
+async def refuse_address(url: str) -> None:
+    """In place of Gradio's download of a picture that a caller of the API gives by its address: that has no limit."""
+    raise sentence("an address cannot be examined here; upload the picture itself")
+
+
+processing_utils.async_ssrf_protected_get = refuse_address
 
 
 def read_settings(image_threshold: Any, pixel_threshold: Any, *settings: Any) -> tuple[float, float, Settings]:
@@ -204,7 +212,7 @@ def detect_batch(uploads, model, image_threshold, pixel_threshold, *settings):
         heatmap = draw_heatmap(pipe, detection)
         heatmap.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         marked = 100 * sum(region.area for region in regions) / (detection.size[0] * detection.size[1])
-        thumbnail = save_pil_to_cache(heatmap, gallery.GRADIO_CACHE, format="webp")
+        thumbnail = processing_utils.save_pil_to_cache(heatmap, gallery.GRADIO_CACHE, format="webp")
         score, threshold = verdict["score"], verdict["threshold"]
         return BatchRow(name, verdict["verdict"], score, threshold, len(regions), round(marked, 3), thumbnail)
 

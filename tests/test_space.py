@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -257,6 +258,20 @@ def test_the_readme_names_every_endpoint(client):
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == ENDPOINTS
     text = (ROOT / "spaces_demo" / "README.md").read_text()
     assert all(f"`{endpoint}`" in text for endpoint in ENDPOINTS)
+
+
+def test_nothing_is_fetched_for_a_caller(client, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.settimeout(0.1)
+        for host in ("127.0.0.1", "localhost.localdomain", "example.com"):
+            address = f"http://{host}:{elsewhere.getsockname()[1]}/nut.jpg"
+            with pytest.raises(AppError, match="an address cannot be examined here; upload the picture itself"):
+                client.predict(handle_file(address), api_name="/detect")
+            with pytest.raises(AppError, match="an address cannot be examined here"):
+                client.predict([handle_file(address)], "tiny", *DEFAULTS, api_name="/batch")
+        with pytest.raises(TimeoutError):
+            elsewhere.accept()
+    assert client.predict(handle_file(EXAMPLE), api_name="/detect")[0]["score"]  # and the page still works
 
 
 def test_a_port_in_use_is_a_sentence(server, folder, tmp_path):
