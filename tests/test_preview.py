@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import train
 from PIL import Image
 from training_config import TrainingConfig
+from training_setup import build_datasets
 from typer.testing import CliRunner
 
 from diffusionad_pipe import cli, open_image
@@ -56,7 +56,7 @@ def test_the_sheet_shows_what_training_draws(folder: Path, tmp_path: Path, setti
     assert [path.name for path in sheet.parent.iterdir()] == ["sheet.png"]
 
     config = TrainingConfig(train_data_dir=str(folder), output_dir=str(tmp_path / "run"), **settings)
-    training, *_ = train.build_datasets(config, 10, torch.device("cpu"))
+    training, *_ = build_datasets(config, 10, torch.device("cpu"))
     pictures, mattes, masks, composites = columns(sheet, 10).astype(int)
     samples = training.__getitems__(range(10))
     assert 2 <= sum(sample["labels"] for sample in samples) <= 8
@@ -126,7 +126,7 @@ def test_defaults_are_those_of_training() -> None:
     for function in (cli.preview_synthesis, preview_synthesis):
         options = inspect.signature(function).parameters
         shared = {name: option.default for name, option in options.items() if name in settings}
-        assert shared == {name: settings[name] for name in shared} and len(shared) == 15
+        assert shared == {name: settings[name] for name in shared} and len(shared) == 16
 
 
 def test_without_the_train_extra() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusionad_pipe.draws import sample_generator
-from diffusionad_pipe.synthetic_dataset import SyntheticAnomalyDataset
+from diffusionad_pipe.synthetic_dataset import SyntheticAnomalyDataset, validation_samples
 
 
 def make_dataset(size: int = 32, **options) -> SyntheticAnomalyDataset:
@@ -71,3 +71,17 @@ def test_crops_are_parts_of_the_pictures() -> None:
         windows = originals.unfold(2, 16, 1).unfold(3, 16, 1)  # [3, 3, 17, 17, 16, 16]
         same = (windows == sample["images"][None, :, None, None]).all(-1).all(-1).all(1)
         assert same.any()
+
+
+def test_validation_samples_are_good_pictures_and_anomalies_on_them() -> None:
+    source = make_dataset()
+    mattes = torch.zeros(3, 1, 32, 32, dtype=torch.uint8)
+    mattes[:2] = 255  # the third picture gets no anomaly
+    samples = validation_samples(source.pictures, source.textures, repeats=5, seed=1, foregrounds=mattes)
+    good = [sample["images"] for sample in samples[:3]]
+    assert sorted(map(torch.sum, good)) == sorted(map(torch.sum, source.pictures.float() / 255))
+    labels = [float(sample["labels"]) for sample in samples]
+    assert labels[:3] == [0, 0, 0] and 5 < len(labels[3:]) <= 10 and all(labels[3:])
+    assert all(sample["masks"].any() == sample["labels"] for sample in samples)
+    with pytest.raises(ValueError, match="none of 6 synthetic anomalies on 3 held-out pictures"):
+        validation_samples(source.pictures, None, repeats=2, seed=1, foregrounds=torch.zeros_like(mattes))

@@ -16,6 +16,7 @@ import run_folder
 import torch
 import train
 import training_config
+import training_setup
 import yaml
 from conftest import HubServer
 from PIL import Image
@@ -356,7 +357,7 @@ def test_the_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path: Path
 def test_presets_build_their_networks(preset: str) -> None:
     config = training_config.parse_arguments(["--preset", preset, "--train_data_dir", "x"], None)
     with torch.device("meta"):
-        unet, segmentation, _ = train.build_networks(config)
+        unet, segmentation, _ = training_setup.build_networks(config)
     count = sum(p.numel() for p in unet.parameters()), sum(p.numel() for p in segmentation.parameters())
     if preset == "paper":
         assert count == (131_654_403, 28_373_569)

@@ -31,22 +31,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from training_config import TrainingConfig, parse_arguments, to_plain
+from training_setup import build_datasets, build_networks, start_from_pretrained
 
-from diffusionad_pipe import (
-    DiffusionADPipeline,
-    DiffusionADUNet2DModel,
-    NormGuidedOneStepScheduler,
-    SegmentationUNet2DModel,
-)
-from diffusionad_pipe.calibration import Validation, smallest_rate, split_held_out, validate
+from diffusionad_pipe import DiffusionADPipeline
+from diffusionad_pipe.calibration import Validation, smallest_rate, validate
 from diffusionad_pipe.image_files import write_atomically
 from diffusionad_pipe.model_card import write_model_card
 from diffusionad_pipe.objective import training_losses
 from diffusionad_pipe.publishing import push_model
-from diffusionad_pipe.synthetic_dataset import SyntheticAnomalyDataset
-from diffusionad_pipe.training_data import foreground_mattes, read_good_pictures, read_textures
 from diffusionad_pipe.training_plots import plot_losses, validation_grid
-from diffusionad_pipe.unet_2d_diffusionad import ATTENTION_SIZES
 
 logger = logging.getLogger("train")
 
@@ -68,108 +61,6 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-
-
-def build_networks(
-    config: TrainingConfig,
-) -> tuple[DiffusionADUNet2DModel, SegmentationUNet2DModel, NormGuidedOneStepScheduler]:
-    """The pipeline's three components as the configuration describes them."""
-    sides = [config.resolution // config.patch_size // 2**level for level in range(len(config.block_out_channels))]
-    unet = DiffusionADUNet2DModel(
-        sample_size=config.resolution,
-        patch_size=config.patch_size,
-        block_out_channels=config.block_out_channels,
-        attention=tuple(min(ATTENTION_SIZES) <= side <= config.attention_size for side in sides),
-        num_attention_heads=config.num_attention_heads,
-    )
-    segmentation = SegmentationUNet2DModel(
-        base_channels=config.segmentation_channels, norm_type=config.segmentation_norm
-    )
-    scheduler = NormGuidedOneStepScheduler(
-        prediction_type=config.prediction_type,
-        small_timestep=config.small_timestep,
-        large_timestep=config.large_timestep,
-        guidance_scale=config.guidance_scale,
-    )
-    divisor = math.lcm(unet.size_divisor, segmentation.size_divisor)
-    for name, side in (("resolution", config.resolution), ("resize_to", config.resize_to or config.resolution)):
-        if side % divisor or side < config.resolution:
-            raise ValueError(f"--{name} {side} must be a multiple of {divisor} for these networks, and no crop larger")
-    return unet, segmentation, scheduler
-
-
-def start_from_pretrained(networks: dict[str, torch.nn.Module], source: str) -> None:
-    """Take over the weights of a saved pipeline that have the same name and shape; the others stay as they are."""
-    pretrained = DiffusionADPipeline.from_pretrained(source).components
-    for name, network in networks.items():
-        state, found = network.state_dict(), pretrained[name].state_dict()
-        fitting = {key: value for key, value in found.items() if key in state and value.shape == state[key].shape}
-        network.load_state_dict(state | fitting)
-        logger.info("%s: %d of %d weights start from %s", name, len(fitting), len(state), source)
-
-
-def build_datasets(
-    config: TrainingConfig, draws: int, device: torch.device
-) -> tuple[SyntheticAnomalyDataset, list[dict[str, torch.Tensor]], int, int]:
-    """Training draws, validation samples, and how many good pictures there are and are held out."""
-    pictures = read_good_pictures(
-        config.train_data_dir,
-        config.resize_to or config.resolution,
-        category=config.category,
-        dataset_name=config.dataset_name,
-        image_column=config.image_column,
-        streaming=config.streaming,
-        max_unreadable=config.max_unreadable,
-    )
-    is_held_out = split_held_out(len(pictures.names), config.validation_fraction)
-    mattes = foreground_mattes(
-        config.foreground,
-        pictures,
-        folder=config.foreground_dir,
-        model=config.foreground_model,
-        cache_dir=Path(config.output_dir) / "foregrounds",
-    )
-
-    def dataset(chosen: torch.Tensor, side: int, **options: Any) -> SyntheticAnomalyDataset:
-        textures = read_textures(config.texture_dir, side)
-        return SyntheticAnomalyDataset(
-            pictures.pixels[chosen].to(device),
-            None if textures is None else textures.to(device),
-            foregrounds=mattes[chosen].to(device) if isinstance(mattes, torch.Tensor) else mattes,
-            texture_probability=config.texture_probability,
-            procedural_probability=config.procedural_probability,
-            grayscale_anomalies=config.grayscale_anomalies,
-            timestep_boundary=config.timestep_boundary,
-            timestep_maximum=config.timestep_maximum,
-            **options,
-        )
-
-    training = dataset(
-        ~is_held_out,
-        config.resolution,
-        crop_size=config.resolution,
-        length=draws,
-        seed=config.seed,
-        anomaly_probability=config.anomaly_probability,
-        horizontal_flip=config.horizontal_flip,
-        vertical_flip=config.vertical_flip,
-        rotation=config.rotation,
-    )
-    # Held-out pictures as they are: each once as a good one, and several times with a synthetic anomaly.
-    held_out = int(is_held_out.sum())
-    validation = [
-        sample
-        for label, repeats in ((0.0, 1), (1.0, config.validation_repeats))
-        for sample in dataset(
-            is_held_out,
-            config.resize_to or config.resolution,
-            length=held_out * repeats,
-            seed=config.seed + 1,
-            anomaly_probability=label,
-        )
-        if sample["labels"] == label
-    ]
-    return training, validation, len(pictures.names), held_out
 
 
 def reference_schedule(step: int) -> float:

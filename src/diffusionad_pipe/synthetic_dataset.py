@@ -1,7 +1,7 @@
 """Endless training draws from a few normal pictures, each a function of (seed, epoch, index) alone."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
@@ -155,3 +155,42 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
             crops = zip(both, corners)
             both = torch.stack([p[:, y : y + self.crop_size, x : x + self.crop_size] for p, (y, x) in crops])
         return both[:, :3], both[:, 3:]
+
+
+def validation_samples(
+    pictures: torch.Tensor, textures: torch.Tensor | None, *, repeats: int, seed: int, **options: Any
+) -> list[dict[str, torch.Tensor]]:
+    """Held-out pictures as they are: each once as a good one, and several times with a synthetic anomaly.
+
+    Args:
+        pictures: N normal pictures `[N, 3, H, W]`, uint8.
+        textures: anomaly sources `[T, 3, H, W]`, uint8, or None.
+        repeats: anomalous samples made of each; those whose mask came out empty are left out.
+        seed: of the anomalies.
+        options: of [`SyntheticAnomalyDataset`].
+
+    Raises:
+        ValueError: when no mask has anything in it.
+    """
+    normal, anomalous = (
+        [
+            sample
+            for sample in SyntheticAnomalyDataset(
+                pictures,
+                textures,
+                length=count * len(pictures),
+                seed=seed,
+                anomaly_probability=label,
+                **options,
+            )
+            if sample["labels"] == label
+        ]
+        for label, count in ((0.0, 1), (1.0, repeats))
+    )
+    if not anomalous:
+        raise ValueError(
+            f"none of {repeats * len(pictures)} synthetic anomalies on {len(pictures)} held-out pictures has a mask "
+            "that is not empty: look at the foregrounds with `diffusionad preview-synthesis`, choose another "
+            "--foreground or raise --validation_repeats"
+        )
+    return normal + anomalous

@@ -1,0 +1,113 @@
+"""What a training configuration asks for: the networks, with weights to start from, and the data."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from training_config import TrainingConfig
+
+from diffusionad_pipe import (
+    DiffusionADPipeline,
+    DiffusionADUNet2DModel,
+    NormGuidedOneStepScheduler,
+    SegmentationUNet2DModel,
+)
+from diffusionad_pipe.calibration import split_held_out
+from diffusionad_pipe.synthetic_dataset import SyntheticAnomalyDataset, validation_samples
+from diffusionad_pipe.training_data import foreground_mattes, read_good_pictures, read_textures
+from diffusionad_pipe.unet_2d_diffusionad import ATTENTION_SIZES
+
+logger = logging.getLogger("train")
+
+
+def build_networks(
+    config: TrainingConfig,
+) -> tuple[DiffusionADUNet2DModel, SegmentationUNet2DModel, NormGuidedOneStepScheduler]:
+    """The pipeline's three components as the configuration describes them."""
+    sides = [config.resolution // config.patch_size // 2**level for level in range(len(config.block_out_channels))]
+    unet = DiffusionADUNet2DModel(
+        sample_size=config.resolution,
+        patch_size=config.patch_size,
+        block_out_channels=config.block_out_channels,
+        attention=tuple(min(ATTENTION_SIZES) <= side <= config.attention_size for side in sides),
+        num_attention_heads=config.num_attention_heads,
+    )
+    segmentation = SegmentationUNet2DModel(
+        base_channels=config.segmentation_channels, norm_type=config.segmentation_norm
+    )
+    scheduler = NormGuidedOneStepScheduler(
+        prediction_type=config.prediction_type,
+        small_timestep=config.small_timestep,
+        large_timestep=config.large_timestep,
+        guidance_scale=config.guidance_scale,
+    )
+    divisor = math.lcm(unet.size_divisor, segmentation.size_divisor)
+    for name, side in (("resolution", config.resolution), ("resize_to", config.resize_to or config.resolution)):
+        if side % divisor or side < config.resolution:
+            raise ValueError(f"--{name} {side} must be a multiple of {divisor} for these networks, and no crop larger")
+    return unet, segmentation, scheduler
+
+
+def start_from_pretrained(networks: dict[str, torch.nn.Module], source: str) -> None:
+    """Take over the weights of a saved pipeline that have the same name and shape; the others stay as they are."""
+    pretrained = DiffusionADPipeline.from_pretrained(source).components
+    for name, network in networks.items():
+        state, found = network.state_dict(), pretrained[name].state_dict()
+        fitting = {key: value for key, value in found.items() if key in state and value.shape == state[key].shape}
+        network.load_state_dict(state | fitting)
+        logger.info("%s: %d of %d weights start from %s", name, len(fitting), len(state), source)
+
+
+def build_datasets(
+    config: TrainingConfig, draws: int, device: torch.device
+) -> tuple[SyntheticAnomalyDataset, list[dict[str, torch.Tensor]], int, int]:
+    """Training draws, validation samples, and how many good pictures there are and are held out."""
+    side = config.resize_to or config.resolution
+    pictures = read_good_pictures(
+        config.train_data_dir,
+        side,
+        category=config.category,
+        dataset_name=config.dataset_name,
+        image_column=config.image_column,
+        streaming=config.streaming,
+        max_unreadable=config.max_unreadable,
+    )
+    is_held_out = split_held_out(len(pictures.names), config.validation_fraction)
+    mattes = foreground_mattes(
+        config.foreground,
+        pictures,
+        folder=config.foreground_dir,
+        model=config.foreground_model,
+        cache_dir=Path(config.output_dir) / "foregrounds",
+    )
+
+    def sources(chosen: torch.Tensor, draw_side: int) -> dict[str, Any]:
+        """What both kinds of draws are made from: chosen pictures, textures of the draws' size, shares."""
+        textures = read_textures(config.texture_dir, draw_side)
+        return {
+            "pictures": pictures.pixels[chosen].to(device),
+            "textures": None if textures is None else textures.to(device),
+            "foregrounds": mattes[chosen].to(device) if isinstance(mattes, torch.Tensor) else mattes,
+            "texture_probability": config.texture_probability,
+            "procedural_probability": config.procedural_probability,
+            "grayscale_anomalies": config.grayscale_anomalies,
+        }
+
+    training = SyntheticAnomalyDataset(
+        **sources(~is_held_out, config.resolution),
+        length=draws,
+        seed=config.seed,
+        anomaly_probability=config.anomaly_probability,
+        horizontal_flip=config.horizontal_flip,
+        vertical_flip=config.vertical_flip,
+        rotation=config.rotation,
+        crop_size=config.resolution,
+        timestep_boundary=config.timestep_boundary,
+        timestep_maximum=config.timestep_maximum,
+    )
+    validation = validation_samples(
+        **sources(is_held_out, side), repeats=config.validation_repeats, seed=config.seed + 1
+    )
+    return training, validation, len(pictures.names), int(is_held_out.sum())
