@@ -300,6 +300,7 @@ def test_a_run_is_pushed_to_the_hub(config: Path, tmp_path: Path, hub_server: Hu
         (["--block_out_channels", "30", "60"], "divisible"),
         (["--resolution", "40"], "multiple of 32"),
         (["--foreground", "folder"], "24 of 28 pictures have no matte"),
+        (["--mixed_precision", "fp16"], "fp16 needs a GPU, and there is none: use bf16"),
     ],
 )
 def test_wrong_settings_end_with_one_sentence(config: Path, tmp_path: Path, flags: list[str], cause: str) -> None:

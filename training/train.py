@@ -85,7 +85,13 @@ def main(config: TrainingConfig) -> int:
     )
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     diffusers_logging.set_verbosity_error()  # it warns of every change of precision
-    if accelerator.device.type == "cpu":  # accelerate launch would leave us one thread
+    if accelerator.device.type == "cpu":
+        if config.mixed_precision == "fp16":  # accelerate would train in float32 and not say so
+            raise ValueError(
+                "--mixed_precision fp16 needs a GPU, and there is none: use bf16 where the processor has AMX or "
+                "AVX-512 BF16, else no"
+            )
+        # accelerate launch would leave us one thread.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(config.cpu_threads or max(1, cores // accelerator.num_processes))
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
