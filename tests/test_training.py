@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,11 +19,12 @@ import train
 import training_config
 import training_setup
 import yaml
-from conftest import HubServer
+from conftest import HubServer, build_tiny_pipeline
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from diffusionad_pipe import DiffusionADPipeline, open_image
+from diffusionad_pipe import DiffusionADPipeline, SegmentationUNet2DModel, open_image
 
 ROOT = Path(__file__).parents[1]
 HAZELNUT = ROOT / "training" / "data" / "hazelnut_toy" / "hazelnut"
@@ -212,6 +214,18 @@ def test_accumulation_and_processes_equal_one_big_batch(
         assert (difference > 1e-4).float().mean() < 1e-3 and difference.max() < 6 * 4e-4
 
 
+def test_resuming_another_folders_checkpoint_leaves_a_pipeline(trained: Path, config: Path, tmp_path: Path) -> None:
+    """Even where no later step is as good as one before the checkpoint."""
+    output, checkpoint = tmp_path / "continued", tmp_path / "checkpoint-0000004"
+    shutil.copytree(trained / checkpoint.name, checkpoint)
+    state = torch.load(checkpoint / "custom_checkpoint_2.pkl", weights_only=True)
+    torch.save(state | {"best_score": 3.0, "best_step": 3}, checkpoint / "custom_checkpoint_2.pkl")
+    (checkpoint / run_folder.MANIFEST).write_text(json.dumps(run_folder._checksums(checkpoint)))
+    result = run(command(config, output, "--resume_from_checkpoint", str(checkpoint)))
+    assert result.returncode == 0 and "of step 6" in result.stderr, result.stderr
+    assert_same_weights(trained / "last", output)
+
+
 def test_sigterm_saves_and_leaves(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "stopped"
     process = start(command(config, output, "--max_train_steps", "100000", "--checkpointing_steps", "100000"))
@@ -220,6 +234,37 @@ def test_sigterm_saves_and_leaves(config: Path, tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM and "go on with --resume_from_checkpoint latest" in errors
     assert len(run_folder.checkpoints(output)) == 1 and run_folder.find_checkpoint(output, "latest")
+
+
+def test_a_signal_to_all_processes_saves_and_leaves(config: Path, tmp_path: Path) -> None:
+    """As systemd and Slurm send it: the workers that make synthetic anomalies get it too."""
+    output = tmp_path / "stopped"
+    flags = ["--max_train_steps", "100000", "--checkpointing_steps", "100000", "--dataloader_num_workers", "1"]
+    process = subprocess.Popen(
+        command(config, output, *flags), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+    wait_for((output / "log.jsonl").exists)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped at step" in errors, errors
+    assert run_folder.find_checkpoint(output, "latest")
+
+
+def test_ctrl_c_ends_an_upload_that_hangs(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "finished"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process = subprocess.Popen(
+            command(config, output, "--max_train_steps", "1", "--push_to_hub", "--hub_model_id", "user/model"),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1"},
+        )
+        connection, _ = silent.accept()
+        with connection:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+    assert process.returncode == 130 and (output / "README.md").exists()
 
 
 def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(config: Path, tmp_path: Path) -> None:
@@ -239,6 +284,29 @@ def test_a_full_disk_ends_with_one_sentence_and_keeps_what_was_there(config: Pat
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "free some space and --resume_from_checkpoint latest" in result.stderr
     assert not (output / ".checkpoint-writing").exists() and not run_folder.checkpoints(output)
+
+
+def test_a_full_disk_keeps_both_networks_of_the_pipeline_that_was_there(tmp_path: Path) -> None:
+    """The new UNet can still be written and the segmentation network cannot: the two would not fit together."""
+    output, before = tmp_path / "best", tmp_path / "before"
+    pipe = build_tiny_pipeline()
+    pipe.register_modules(segmentation=SegmentationUNet2DModel(base_channels=8))
+    run_folder.save_pipeline(pipe, output)
+    shutil.copytree(output, before)
+    size = (output / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    torch.nn.init.zeros_(pipe.unet.conv_out.weight)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, limits[1]))
+    try:
+        with pytest.raises(SafetensorError, match="File too large") as full:
+            run_folder.save_pipeline(pipe, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the disk is full" in str(train.explain(full.value))
+    assert_same_weights(before, output)
+    run_folder.save_pipeline(pipe, output)
+    assert not DiffusionADPipeline.from_pretrained(output).unet.conv_out.weight.any()
+    assert sorted(path.name for path in output.iterdir()) == ["model_index.json", "scheduler", "segmentation", "unet"]
 
 
 def test_out_of_memory_says_what_to_lower(config: Path, tmp_path: Path) -> None:
@@ -390,6 +458,13 @@ def test_an_occupied_folder_and_changed_settings(config: Path, trained: Path, tm
     result = run(command(config, trained, *flags))
     assert result.returncode == 1 and "seed: 0 then, 3 now" in result.stderr and "logging_steps" not in result.stderr
     assert yaml.safe_load((trained / "training_config.yaml").read_text())["seed"] == 0
+
+
+def test_another_number_of_processes_is_refused(config: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    launch = [*LAUNCH, "2", "--multi_gpu"]
+    result = run(command(config, tmp_path / "run", "--resume_from_checkpoint", "latest", start=launch))
+    assert result.returncode == 1 and "written by 1 processes, here are 2" in result.stderr, result.stderr
 
 
 def test_unreadable_pictures_are_left_out_up_to_a_share(config: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from training_config import TrainingConfig, changed_settings, to_plain
 
+from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.image_files import write_atomically
 
 logger = logging.getLogger("train")
@@ -88,6 +89,21 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
     if accelerator.is_main_process:
         for old in checkpoints(output_dir)[: -max(total_limit, 1)]:
             shutil.rmtree(old)
+
+
+def save_pipeline(pipeline: DiffusionADPipeline, folder: Path) -> None:
+    """Write a pipeline, and put its files in the places of an older one's when all are there: a full disk leaves that
+    as it was."""
+    temporary = folder / ".pipeline-writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(temporary)
+        for path in [path for path in temporary.rglob("*") if path.is_file()]:
+            place = folder / path.relative_to(temporary)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path:

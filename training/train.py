@@ -26,7 +26,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_se
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
-from run_folder import save_checkpoint, start_run, store_run
+from run_folder import save_checkpoint, save_pipeline, start_run, store_run
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -49,8 +49,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Progress:
     """What a checkpoint remembers beside the networks."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int) -> None:
         self.step = 0
+        self.processes = processes  # that share a step; not in checkpoints of before
         self.skipped = 0  # steps whose gradient was not finite
         self.best_score, self.best_step = -math.inf, 0
         self.best_metrics: dict[str, float] = {}
@@ -66,6 +67,11 @@ class Progress:
 def reference_schedule(step: int) -> float:
     """The authors' schedule of the segmentation network: CosineAnnealingLR(T_max=10), stepped every iteration."""
     return (1 + math.cos(math.pi * step / 10)) / 2
+
+
+def outlive_sigterm(worker: int) -> None:
+    """Let a worker go on for a minute: who stops a job signals all its processes, and the loop must end its step."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 
 def main(config: TrainingConfig) -> int:
@@ -150,13 +156,19 @@ def main(config: TrainingConfig) -> int:
     seg_schedule = reference_schedule if config.seg_schedule == "reference" else schedule
     lr_scheduler = LambdaLR(optimizer, [schedule, seg_schedule])
     unet, segmentation, optimizer = accelerator.prepare(unet, segmentation, optimizer)
-    progress = Progress()
+    progress = Progress(accelerator.num_processes)
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
     if config.report_to:
         accelerator.init_trackers("diffusionad", config={k: str(v) for k, v in to_plain(config).items()})
     if resume_from is not None:
         accelerator.load_state(str(resume_from))
         logger.info("resumed from %s at step %d", resume_from, progress.step)
+        if progress.processes != accelerator.num_processes and not config.allow_config_changes:
+            raise ValueError(
+                f"{resume_from} was written by {progress.processes} processes, here are {accelerator.num_processes}, "
+                "so that a step would have another batch: launch as many, or give --allow_config_changes"
+            )
+        progress.processes = accelerator.num_processes
     if accelerator.is_main_process:
         store_run(config, progress.step)
 
@@ -168,6 +180,7 @@ def main(config: TrainingConfig) -> int:
             config.train_batch_size * config.gradient_accumulation_steps,
             num_workers=config.dataloader_num_workers,
             drop_last=True,
+            worker_init_fn=outlive_sigterm,
         )
     )
 
@@ -212,11 +225,12 @@ def main(config: TrainingConfig) -> int:
 
         pipeline.register_to_config(image_threshold=result.image_threshold, pixel_threshold=result.pixel_threshold)
         pipeline.to(DTYPES[config.save_dtype])
-        if score > progress.best_score:
+        # A run that goes on from another folder's checkpoint has no pipeline yet.
+        if score > progress.best_score or not (output_dir / "model_index.json").is_file():
             progress.best_score, progress.best_step, progress.best_metrics = score, step, result.metrics
-            pipeline.save_pretrained(output_dir)
+            save_pipeline(pipeline, output_dir)
         if step == config.max_train_steps:
-            pipeline.save_pretrained(output_dir / "last")
+            save_pipeline(pipeline, output_dir / "last")
 
     # 3. Train. Ctrl-C and SIGTERM end the step, save and leave.
     stop_signals: list[int] = []
@@ -300,6 +314,8 @@ def main(config: TrainingConfig) -> int:
             logger.info("stopped at step %d; go on with --resume_from_checkpoint latest", step)
             return 128 + (stop_signals or [signal.SIGTERM])[0]
     bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing is lost from here on
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     # 4. The best weights are in place; their card and a plot of the run beside them
     if accelerator.is_main_process:
@@ -346,7 +362,7 @@ if __name__ == "__main__":
     settings = parse_arguments(sys.argv[1:], __doc__)
     try:
         sys.exit(main(settings))
-    except KeyboardInterrupt:  # before the first step; from then on the loop sees it
+    except KeyboardInterrupt:  # before the first step or after the last; in between the loop sees it
         sys.exit(130)
     except Exception as error:
         if (sentence := explain(error)) is None:
