@@ -187,10 +187,13 @@ def test_bad_pictures(tiny_pipeline: DiffusionADPipeline, picture, cause: str) -
 
 def test_broken_weights_do_not_call_a_picture_good(tiny_pipeline: DiffusionADPipeline) -> None:
     tiny_pipeline.register_to_config(image_threshold=0.5)
-    with torch.no_grad():
-        tiny_pipeline.segmentation.conv_out.weight[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="the networks gave NaN for picture 0: their weights"):
-        tiny_pipeline(pictures(2))
+    for broken in (torch.nan, -torch.inf):  # a float16 that overflows is infinite
+        with torch.no_grad():
+            tiny_pipeline.segmentation.conv_out.bias.fill_(broken)
+        for picture in pictures(1)[0], pictures(1, 80)[0]:
+            tiny_pipeline.enable_tiling(64)  # one picture resized, one in tiles
+            with pytest.raises(ValueError, match="the networks gave NaN for picture 0: their weights"):
+                tiny_pipeline(picture)
 
 
 def test_bad_configuration(tiny_pipeline: DiffusionADPipeline) -> None:
@@ -208,6 +211,11 @@ def test_bad_configuration(tiny_pipeline: DiffusionADPipeline) -> None:
     ):
         with pytest.raises(ValueError, match=cause):
             DiffusionADPipeline(**{**parts, **options})
+        if not options.keys() & parts.keys():  # nor can it be set later
+            before = dict(tiny_pipeline.config)
+            with pytest.raises(ValueError, match=cause):
+                tiny_pipeline.register_to_config(**{"noise_seed": 1, **options})
+            assert dict(tiny_pipeline.config) == before
     # NumPy's numbers are numbers.
     DiffusionADPipeline(**{**parts, "image_size": np.int64(32), "image_threshold": np.float32(0.5)})
 

@@ -181,7 +181,7 @@ pipe(np.zeros((5000, 5000, 3), np.uint8), batch_size=16)
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=600)
     last = done.stderr.splitlines()[-1]
     expected = (
-        "batch_size=16 and tile_size=4096 for a picture of 5000 x 5000 pixels: use a smaller batch_size, tile_size"
+        "batch_size=16 and tile_size=4096 for a picture of 5000 x 5000 pixels: use a smaller batch_size, fewer noise"
     )
     assert done.returncode == 1 and last.startswith("MemoryError: out of memory with ") and expected in last, (
         done.stderr

@@ -86,7 +86,8 @@ def explained_out_of_memory(used: str, cure: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        # On a CPU torch has no error class of its own for it.
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+        # On a CPU torch has no error class of its own for it, nor anywhere for more bytes than a number can hold.
+        said = "DefaultCPUAllocator" in str(error) or "Storage size calculation overflowed" in str(error)
+        if said or isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise MemoryError(f"out of memory with {used}: use {cure}") from error
         raise

@@ -96,15 +96,6 @@ class DiffusionADPipeline(DiffusionPipeline):
         pixel_threshold: float | None = None,
     ):
         super().__init__()
-        if not is_whole(image_size) or not 1 <= image_size <= MAX_SIDE:
-            raise ValueError(f"image_size={image_size!r} is outside 1 ... {MAX_SIDE} whole pixels")
-        if not is_finite(score_top_k) or score_top_k <= 0 or (score_top_k >= 1 and score_top_k != int(score_top_k)):
-            raise ValueError(f"score_top_k={score_top_k!r} must be a whole number of pixels, or a share below 1")
-        if not is_whole(noise_seed) or not -(2**63) <= noise_seed < 2**64:
-            raise ValueError(f"noise_seed={noise_seed!r} must be a whole number of 64 bits")
-        for name, threshold in (("image_threshold", image_threshold), ("pixel_threshold", pixel_threshold)):
-            if threshold is not None and not is_finite(threshold):
-                raise ValueError(f"{name}={threshold!r} must be a finite number, or None")
         # Other schedulers of diffusers are often put in place of a pipeline's own, and fail only in the call.
         for part, kind in ((unet, DiffusionADUNet2DModel), (scheduler, NormGuidedOneStepScheduler)):
             if part is not None and not isinstance(part, kind):
@@ -120,6 +111,25 @@ class DiffusionADPipeline(DiffusionPipeline):
         self.image_processor = DiffusionADImageProcessor()
         self.tiling: Tiling | None = None
         self._fixed_noise: tuple[Any, torch.Tensor] | None = None  # the last one drawn, and what it was drawn for
+
+    def register_to_config(self, **values: Any) -> None:
+        """Set values of the config, such as `image_threshold=0.4`, in place of those that the constructor was given.
+
+        Raises:
+            ValueError: for values outside their ranges; nothing is then set.
+        """
+        side, top_k, seed = (values.get(name, 1) for name in ("image_size", "score_top_k", "noise_seed"))
+        if not is_whole(side) or not 1 <= side <= MAX_SIDE:
+            raise ValueError(f"image_size={side!r} is outside 1 ... {MAX_SIDE} whole pixels")
+        if not is_finite(top_k) or top_k <= 0 or (top_k >= 1 and top_k != int(top_k)):
+            raise ValueError(f"score_top_k={top_k!r} must be a whole number of pixels, or a share below 1")
+        if not is_whole(seed) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"noise_seed={seed!r} must be a whole number of 64 bits")
+        for name in ("image_threshold", "pixel_threshold"):
+            threshold = values.get(name)
+            if threshold is not None and not is_finite(threshold):
+                raise ValueError(f"{name}={threshold!r} must be a finite number, or None")
+        super().register_to_config(**values)
 
     @torch.no_grad()
     def __call__(
@@ -204,15 +214,18 @@ class DiffusionADPipeline(DiffusionPipeline):
         # 2. Noise [K, 2, N, 3, H, W]. The fixed noise is shared by all pictures. A generator draws picture by picture,
         #    so that the batch size plays no part.
         device = self._execution_device
-        if noise is not None:
-            noises = noise[None]
-        elif generator is None:
-            fixed = self.fixed_noise(num_noise_samples, height, width)  # [K, 2, 1, 3, H, W]
-            noises = fixed.expand(-1, -1, len(pictures), -1, -1, -1)
-        else:
-            generators = generator if isinstance(generator, list) else [generator] * len(pictures)
-            noise_shape = (num_noise_samples, 2, 3, height, width)
-            noises = torch.stack([randn_tensor(noise_shape, generator=g, device=device) for g in generators], dim=2)
+        used = f"num_noise_samples={num_noise_samples} at {height} x {width} pixels"
+        with explained_out_of_memory(used, "fewer noise samples"):
+            if noise is not None:
+                noises = noise[None]
+            elif generator is None:
+                fixed = self.fixed_noise(num_noise_samples, height, width)  # [K, 2, 1, 3, H, W]
+                noises = fixed.expand(-1, -1, len(pictures), -1, -1, -1)
+            else:
+                generators = generator if isinstance(generator, list) else [generator] * len(pictures)
+                noise_shape = (num_noise_samples, 2, 3, height, width)
+                drawn = [randn_tensor(noise_shape, generator=g, device=device) for g in generators]
+                noises = torch.stack(drawn, dim=2)
 
         # 3. Reconstruct the pictures and compare, batch by batch.
         timesteps = torch.tensor([small_timestep, large_timestep], device=device)
@@ -270,7 +283,8 @@ class DiffusionADPipeline(DiffusionPipeline):
             logits = self.segmentation(pairs.to(self.segmentation.dtype)).logits.to(pictures.dtype)
             if logits.shape[-2:] != pictures.shape[-2:]:  # a SegFormer answers at a quarter of the size
                 logits = F.interpolate(logits, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
-            maps = maps + logits.sigmoid() / len(noises)
+            # An infinite logit is an overflow, no certainty: as NaN it is refused, and not taken for a good pixel.
+            maps = maps + torch.where(logits.isfinite(), logits.sigmoid(), torch.nan) / len(noises)
             reconstructions = reconstructions + guided / len(noises)
         return maps, reconstructions.clamp(0, 1)
 
@@ -518,7 +532,8 @@ class DiffusionADPipeline(DiffusionPipeline):
                 components, or values for the pipeline's config such as `image_threshold=0.4`. `dtype` is that of the
                 networks; the rest is computed in float32. None loads float32, with which thresholds are calibrated
                 and results documented; `"auto"` loads bfloat16 where the GPU, or the CPU if there is none, has
-                instructions for it, and float32 elsewhere.
+                instructions for it, and float32 elsewhere. Where there is no GPU, weights in bfloat16 are laid out
+                channels last, which is faster (benchmarks/README.md).
 
         Raises:
             WeightsFileError: the folder or a file is missing, damaged, a pickle, or does not fit; the message names it.
@@ -543,6 +558,10 @@ class DiffusionADPipeline(DiffusionPipeline):
             pipeline = super().from_pretrained(folder, use_safetensors=True, **kwargs)
         except (TypeError, ValueError) as error:
             raise WeightsFileError(f"{Path(folder) / 'model_index.json'} cannot be used: {error}") from error
+        for name in ("unet", "segmentation"):
+            network = pipeline.components[name]
+            if name not in passed and network.dtype == torch.bfloat16 and not torch.cuda.is_available():
+                network.to(memory_format=torch.channels_last)
         # diffusers notes the folder of every part and would save it again: a path of this machine in public files.
         for part in [pipeline] + [pipeline.components[name] for name in COMPONENTS if name not in passed]:
             if isinstance(part, ConfigMixin) and "_name_or_path" in part.config:

@@ -134,8 +134,11 @@ def call_in_tiles(
         # A side shorter than a tile must still be one that the networks can take; the others stay as they are.
         sides = [side if side > tiling.tile_size else pipe.round_size(side, "side") for side in working]
         tile_area = min(sides[0], tiling.tile_size) * min(sides[1], tiling.tile_size)
-        used = f"batch_size={batch_size} and tile_size={tiling.tile_size} for a picture of {size[0]} x {size[1]} pixels"
-        advice = "a smaller batch_size, tile_size in enable_tiling, or height and width"
+        used = (
+            f"num_noise_samples={num_noise_samples}, batch_size={batch_size} and tile_size={tiling.tile_size} for a "
+            f"picture of {size[0]} x {size[1]} pixels"
+        )
+        advice = "a smaller batch_size, fewer noise samples, a smaller tile_size in enable_tiling, or height and width"
         with pipe.image_processor.named(index, len(pictures)), explained_out_of_memory(used, advice):
             if sides != list(size):
                 array = pipe.image_processor.preprocess(picture, *sides)[0][0]
