@@ -156,6 +156,27 @@ def test_bad_files(folder: Path, tmp_path: Path) -> None:
             ExportedDetector(tmp_path / name)
 
 
+def test_broken_weights_do_not_call_a_picture_good(folder: Path, tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(str(folder / "d.onnx"))
+    for tensor in model.graph.initializer:
+        if "conv_out" in tensor.name and tensor.name.startswith("segmentation"):
+            values = np.full_like(onnx.numpy_helper.to_array(tensor), np.nan)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, str(tmp_path / "broken.onnx"))
+    detector = ExportedDetector(tmp_path / "broken.onnx")
+    with pytest.raises(ValueError, match=r"broken\.onnx gave NaN for picture 0: its weights are broken"):
+        detector(PICTURES[1:3], batch_size=2)
+
+
+def test_bad_thresholds(folder: Path) -> None:
+    for name in ("image_threshold", "pixel_threshold"):
+        for value in (float("nan"), float("inf"), "0.5"):
+            with pytest.raises(ValueError, match=rf"d\.onnx: {name}={value!r} must be a finite number"):
+                ExportedDetector(folder / "d.onnx", **{name: value})
+
+
 @pytest.mark.parametrize(
     "pictures, arguments, cause",
     [

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .config_values import is_finite
 from .pil_modes import read_pil
 
 Picture: TypeAlias = Image.Image | NDArray[Any]
@@ -71,10 +72,12 @@ class ExportedDetector:
 
     Attributes:
         metadata: what the file says of itself: sizes, thresholds, timesteps, licence, precision.
+        path: the file.
 
     Raises:
         ExportedFileError: for a file that is missing, damaged, of another kind or of another version, or a runtime that
             is not installed.
+        ValueError: for a threshold that is no finite number.
     """
 
     def __init__(
@@ -104,6 +107,13 @@ class ExportedDetector:
         self.metadata: dict[str, Any] = _read_metadata(path, text)
         self.image_threshold = self.metadata["image_threshold"] if image_threshold is None else image_threshold
         self.pixel_threshold = self.metadata["pixel_threshold"] if pixel_threshold is None else pixel_threshold
+        for name in ("image_threshold", "pixel_threshold"):
+            threshold = getattr(self, name)
+            if threshold is not None and not is_finite(threshold):
+                raise ValueError(
+                    f"{path}: {name}={threshold!r} must be a finite number, or None for the one in the file"
+                )
+        self.path = path
 
     def __call__(
         self,
@@ -129,7 +139,7 @@ class ExportedDetector:
 
         Raises:
             TypeError: for something that is not a picture.
-            ValueError: for pictures or arguments that cannot be used.
+            ValueError: for pictures or arguments that cannot be used, and a file that gives NaN.
         """
         batch_size = 1 if batch_size is None else batch_size
         if not 1 <= batch_size <= LARGEST_BATCH:
@@ -146,6 +156,14 @@ class ExportedDetector:
             batch = pictures[len(maps) : len(maps) + batch_size]
             count = next((i for i, picture in enumerate(batch) if picture.shape != first.shape), len(batch))
             results = self.graph(np.stack(batch[:count]))
+            finite = np.all(
+                [np.isfinite(result).reshape(count, -1).all(axis=1) for result in results], axis=0
+            )  # [count]
+            if not finite.all():  # NaN is above no threshold, so the picture would pass as good
+                raise ValueError(
+                    f"{self.path} gave NaN for picture {len(maps) + finite.argmin()}: its weights are broken, or half "
+                    "precision overflowed; export it again, or run it in float32"
+                )
             maps += list(results[0][..., None])  # [H, W, 1]
             scores += list(results[1])
             reconstructions += list(results[2])  # [H, W, 3]
