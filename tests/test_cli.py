@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from diffusionad_pipe import DiffusionADPipeline
+from diffusionad_pipe.acceleration import fastest_dtype
 from diffusionad_pipe.cli import app
 from diffusionad_pipe.picture_sources import output_names, watch_folders
 
@@ -121,6 +123,14 @@ def test_broken_files_are_reported_and_the_rest_goes_on(model: Path, folder: Pat
         (["-", "--model", "{model}"], "write one on each line"),
         (["{tmp}/pictures/a.png", "--model", "{model}", "--watch"], "a.png is none"),
         (["--model", "{model}"], "give pictures, or --dataset"),
+        (["{tmp}/pictures", "--model", "{model}", "--threshold", "nan"], "--threshold nan must lie between 0 and 1"),
+        (["{tmp}/pictures", "--model", "{model}", "--threshold", "1.5"], "--threshold 1.5 must lie"),
+        (["{tmp}/pictures", "--model", "{model}", "--pixel-threshold", "inf"], "--pixel-threshold inf must lie"),
+        (["{tmp}/pictures", "--model", "{model}", "--pixel-threshold", "-0.1"], "--pixel-threshold -0.1 must lie"),
+        (["{tmp}/pictures", "--model", "{model}", "--tile-overlap", "0.5"], "give --tile-size too"),
+        (["{tmp}/pictures", "--model", "{model}", "--tile-size", "9000"], "tile_size=9000 is outside"),
+        (["{tmp}/pictures", "--model", "{model}", "--tile-size", "32", "--tile-overlap", "nan"], "overlap=nan must be"),
+        (["{tmp}/pictures", "--model", "{model}", "--dtype", "float16"], "float16"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(
@@ -198,6 +208,35 @@ def test_another_model_or_other_settings_do_not_mix(model: Path, folder: Path, t
     result = predict(*common, "--threshold", 0.1, "--overwrite")
     assert result.exit_code == 0 and [row["threshold"] for row in rows(output)] == [0.1]
     assert [file.name for file in output.glob("*.png")] == ["a.png"]  # the other one is of no row any more
+
+
+def test_dtype_and_tiles_are_those_of_the_pipeline(model: Path, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    common = (folder / "a.png", "--model", model, "--output", output)
+    exact = DiffusionADPipeline.from_pretrained(model)
+    tiled = DiffusionADPipeline.from_pretrained(model)
+    tiled.enable_tiling(32, 0.5)
+    half = DiffusionADPipeline.from_pretrained(model, dtype=torch.bfloat16)
+    automatic = DiffusionADPipeline.from_pretrained(model, dtype=fastest_dtype("cpu"))
+    scores = []
+    for pipe, options, other in (
+        (exact, (), ""),
+        (tiled, ("--tile-size", 32, "--tile-overlap", 0.5), "another tiling:"),
+        (half, ("--dtype", "bfloat16"), "another model, dtype"),
+        (automatic, ("--dtype", "auto", "--device", "cpu"), ""),
+    ):
+        if other:  # results of other settings do not mix
+            result = predict(*common, *options)
+            assert result.exit_code == 2 and other in result.output, result.output
+        result = predict(*common, *options, "--overwrite")
+        assert result.exit_code == 0, result.output
+        (row,) = rows(output)
+        expected = pipe(Image.open(folder / "a.png"), batch_size=8).anomaly_scores[0]
+        assert row["score"] == pytest.approx(float(expected), abs=1e-6)
+        scores.append(row["score"])
+        result = predict(*common, *options)
+        assert "1 of 1 pictures were judged before" in result.output
+    assert len(set(scores[:3])) == 3
 
 
 def test_an_interrupted_run_keeps_what_is_done(

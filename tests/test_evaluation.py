@@ -116,7 +116,11 @@ def test_an_interrupted_evaluation_goes_on_and_another_model_begins_anew(
         tiny_pipeline.segmentation.conv_out.bias += 0.5
     tiny_pipeline.save_pretrained(tmp_path / "other")
     evaluate(tmp_path / "other", data, tmp_path / "out", batch_size=2)
-    assert (read_prediction(folder, 1).anomaly_map > first.anomaly_map).all()
+    other = read_prediction(folder, 1).anomaly_map
+    assert (other > first.anomaly_map).all()
+    evaluate(tmp_path / "other", data, tmp_path / "out", batch_size=2, dtype=torch.bfloat16)
+    half = read_prediction(folder, 1).anomaly_map
+    assert 0 < np.abs(half - other).max() < 0.05
 
 
 def test_predictions_of_other_pictures_are_not_used(model: Path, data: Path, tmp_path: Path) -> None:
@@ -172,6 +176,27 @@ def test_processes_share_the_work_and_agree(model: Path, data: Path, tmp_path: P
         )  # fmt: skip
         tables.append([(tmp_path / name / table).read_text() for table in ("results.md", "results.csv", "scores.csv")])
     assert tables[0] == tables[1]
+
+
+def test_processes_share_the_work_of_the_function(model: Path, data: Path, tmp_path: Path) -> None:
+    """Called from Python, without the command around it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from diffusionad_pipe.evaluation import evaluate\n"
+        "results = evaluate(*sys.argv[1:4], batch_size=2)\n"
+        "print('results', len(results), *(result.metrics['image_auroc'] for result in results))\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
+    done = subprocess.run(
+        [*launch, str(script), str(model), str(data), str(tmp_path / "two")],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (one,) = evaluate(model, data, tmp_path / "one", batch_size=2)
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("results"))
+    assert lines == ["results 0", f"results 1 {one.metrics['image_auroc']}"]
 
 
 def test_an_export_gives_the_metrics_of_its_folders(model: Path, data: Path, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_two_processes_give_the_table_of_one(model: Path, pictures: Path, tmp_pa
     done = predict(two, pictures, "--model", model, "--parquet", launch=True)
     assert "1 of 10 pictures were judged before" in done.stdout and done.stdout.count("9 judged") == 1, done.stderr
     assert done.stdout.count("HTML page") == 1
+    assert done.returncode == 1 and "exitcode  : 1" in done.stderr
 
     expected, found = table(one), table(two)
     assert [row["path"] for row in found] == [row["path"] for row in expected]
@@ -133,7 +134,8 @@ def test_even_shares() -> None:
 
 def test_watching_takes_one_process(model: Path, pictures: Path, tmp_path: Path) -> None:
     done = predict(tmp_path / "out", pictures, "--model", model, "--watch", launch=True)
-    assert done.returncode and "--watch is for one process" in done.stderr
+    assert "--watch is for one process" in done.stderr
+    assert done.returncode == 1 and "exitcode  : 2" in done.stderr  # accelerate knows no other failure than 1
     assert not (tmp_path / "out").exists()
 
 

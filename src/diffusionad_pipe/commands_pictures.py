@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .acceleration import explained_out_of_memory, join_processes
+from .acceleration import explained_out_of_memory, fastest_dtype, join_processes
 from .calibration import calibrate as calibrate_pipeline
 from .calibration import store_thresholds
 from .console import USER_ERRORS, fail, needed_packages, output_console
@@ -31,6 +32,24 @@ STYLES = {"defective": "bold red", "good": "green", None: ""}
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... Default: a GPU if there is one.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures in one pass of the networks.")]
 MaxPixels = Annotated[int, typer.Option(min=1, help="Refuse larger pictures before decoding.")]
+
+
+class Dtype(StrEnum):
+    """In which the networks compute; auto is bfloat16 where the device is faster with it, see `fastest_dtype`."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+    def on(self, device: str | torch.device) -> torch.dtype:
+        """torch's own for this device."""
+        return fastest_dtype(device) if self is Dtype.auto else getattr(torch, self.value)
+
+
+NetworksDtype = Annotated[
+    Dtype,
+    typer.Option(help="Of the networks. Thresholds are set in float32; auto is bfloat16 where that is faster."),
+]
 
 
 class Protocol(StrEnum):
@@ -83,6 +102,14 @@ def predict(
     fail_on_defect: Annotated[
         bool, typer.Option("--fail-on-defect", help="Exit code 3 when a picture is defective.")
     ] = False,
+    tile_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Take larger pictures at their own size, in tiles with this side in pixels."),
+    ] = None,
+    tile_overlap: Annotated[
+        float | None, typer.Option(help="Share of a tile that the next one shares, below 1. Default: 0.25.")
+    ] = None,
+    dtype: NetworksDtype = Dtype.float32,
     device: Device = None,
     max_pixels: MaxPixels = 100_000_000,
 ) -> None:
@@ -96,7 +123,8 @@ def predict(
     processes and machines, which must see the same folders. The table is the same; --parquet writes one file each.
 
     Exit code: 0 if every picture was judged, 1 if one could not be, 2 for wrong usage, 3 with --fail-on-defect if all
-    were judged and one is defective, 130 after Ctrl-C.
+    were judged and one is defective, 130 after Ctrl-C. `accelerate launch` itself ends with 0 or 1: it turns every
+    other code into 1, and prints it as `exitcode`.
 
     \b
     diffusionad predict photo.jpg pictures --model runs/mine --output results --panels
@@ -112,8 +140,15 @@ def predict(
     try:
         if watch and state.num_processes > 1:
             raise ValueError("--watch is for one process: start it without accelerate launch")
+        for option, value in (("--threshold", threshold), ("--pixel-threshold", pixel_threshold)):
+            if value is not None and not 0 <= value <= 1:  # NaN too
+                raise ValueError(f"{option} {value:g} must lie between 0 and 1, as scores do")
+        if tile_overlap is not None and tile_size is None:
+            raise ValueError("--tile-overlap is for pictures in tiles: give --tile-size too")
         sources = _find_sources(pictures or [], dataset, split, image_column, watch)
-        pipe = _load(model, device)
+        pipe = _load(model, device, dtype)
+        if tile_size is not None:
+            pipe.enable_tiling(tile_size, 0.25 if tile_overlap is None else tile_overlap)
         thresholds = {"image_threshold": threshold, "pixel_threshold": pixel_threshold}
         pipe.register_to_config(**{name: value for name, value in thresholds.items() if value is not None})
         if fail_on_defect and pipe.config.image_threshold is None:
@@ -123,6 +158,7 @@ def predict(
         settings = {
             "model": fingerprint(pipe), "threshold": pipe.config.image_threshold,
             "pixel-threshold": pipe.config.pixel_threshold, "panels": panels, "maps": maps, "masks": masks,
+            "dtype": str(pipe.unet.dtype).removeprefix("torch."), "tiling": pipe.tiling and list(pipe.tiling),
         }  # fmt: skip
         folder = PredictionFolder(output, settings, overwrite) if state.is_main_process else None
     except USER_ERRORS as error:
@@ -207,7 +243,8 @@ def evaluate(
         int, typer.Option(min=1, help="Noises that a prediction is the mean of: an ensemble.")
     ] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one pass of the networks.")] = 8,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... Default: a GPU if there is one.")] = None,
+    dtype: NetworksDtype = Dtype.float32,
+    device: Device = None,
     report: Annotated[bool, typer.Option(help="Also write report.html, to look at.")] = True,
     model_card: Annotated[
         bool, typer.Option("--model-card", help="Put the results into the README.md of the model's folder.")
@@ -217,7 +254,8 @@ def evaluate(
 
     Prints a table with each category, and writes it with the score of every picture and a report. Predictions are
     kept, so that an interrupted evaluation goes on. `accelerate launch training/evaluate.py` takes the same options
-    and shares the work among processes. Exit code: 0, 1 if a picture could not be read, 2 for wrong usage.
+    and shares the work among processes. Exit code: 0, 1 if a picture could not be read, 2 for wrong usage, which
+    `accelerate launch` turns into 1.
 
     \b
     diffusionad evaluate --model runs/mine --data datasets/screw
@@ -226,7 +264,7 @@ def evaluate(
     with needed_packages():
         from . import evaluation, results_table
         from .evaluation_report import write_evaluation_report
-    join_processes()
+    state = join_processes()
     diffusers_logging.disable_progress_bar()
     console = output_console()
     settings = {
@@ -234,6 +272,8 @@ def evaluate(
         "at_model_size": at_model_size, "num_noise_samples": num_noise_samples, "batch_size": batch_size,
     }  # fmt: skip
     try:
+        networks_dtype = dtype.on(device or state.device)
+        settings["dtype"] = str(networks_dtype).removeprefix("torch.")
         results = evaluation.evaluate(
             model,
             data,
@@ -244,6 +284,7 @@ def evaluate(
             at_model_size=at_model_size,
             num_noise_samples=num_noise_samples,
             batch_size=batch_size,
+            dtype=networks_dtype,
             device=device,
         )
         if not results:  # another process computes the metrics
@@ -254,7 +295,8 @@ def evaluate(
             write_evaluation_report(results, data, category, output, settings)
         if model_card:
             size = "the model's size" if at_model_size or protocol is Protocol.reference else "the pictures' own size"
-            results_table.write_into_cards(results, model, data.name, f"protocol {protocol.value}, at {size}")
+            how = f"protocol {protocol.value}, at {size}, in {settings['dtype']}"
+            results_table.write_into_cards(results, model, data.name, how)
     except USER_ERRORS as error:
         fail(error)
     for result in results:
@@ -335,8 +377,9 @@ def _find_sources(
     return [from_file(file) for file in broadcast_object_list([files])[0]]
 
 
-def _load(model: str, device: str | None) -> DiffusionADPipeline:
-    pipe = DiffusionADPipeline.from_pretrained(model).to(device or PartialState().device)
+def _load(model: str, device: str | None, dtype: Dtype = Dtype.float32) -> DiffusionADPipeline:
+    place = device or PartialState().device
+    pipe = DiffusionADPipeline.from_pretrained(model, dtype=dtype.on(place)).to(place)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -365,7 +408,7 @@ def _judge_share(
         for start in starts[share.start : share.stop]:
             batch = sources[start : start + batch_size]
             with explained_out_of_memory(f"--batch-size {batch_size}", "a lower one; what was judged is kept"):
-                rows = judge(pipe, batch, names, output, drawings)
+                rows = judge(pipe, batch, names, output, drawings, batch_size)
             store(rows)
             progress.update(task, advance=len(batch))
             for row in rows if each else ():

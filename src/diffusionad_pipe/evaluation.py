@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 from sklearn.exceptions import UndefinedMetricWarning
 from tqdm.auto import tqdm
 
+from .acceleration import join_processes
 from .data import load_anomaly_dataset, read_mask
 from .image_files import ImageFileError, open_image, write_atomically
 from .image_processor import DiffusionADImageProcessor
@@ -179,6 +180,7 @@ def evaluate(
     at_model_size: bool = False,
     num_noise_samples: int = 1,
     batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
     device: str | None = None,
 ) -> list[CategoryResult]:
     """Predict every test picture and compute the metrics of each category.
@@ -198,6 +200,7 @@ def evaluate(
         at_model_size: compare maps and masks (nearest) at the model's size, not at the pictures' own.
         num_noise_samples: independent noises that every prediction is the mean of: an ensemble.
         batch_size: pictures in one pass.
+        dtype: of the networks; predictions of another one are made anew.
         device: None takes a GPU where there is one.
 
     Returns:
@@ -206,17 +209,17 @@ def evaluate(
     Raises:
         ValueError: names what is missing, what cannot be written to, or the pictures that the networks give NaN for.
     """
+    state = join_processes()
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be {' or '.join(PROTOCOLS)}, not {protocol!r}")
     categories = load_test_pictures(data, category)
     _require_writable(Path(output))
-    state = PartialState()
     if model is not None:
         models = find_models(model, [pictures.category for pictures in categories])
         pipe = None
         for pictures, path in zip(categories, models):
             if pipe is None or len(set(models)) > 1:
-                pipe = DiffusionADPipeline.from_pretrained(path).to(device or state.device)
+                pipe = DiffusionADPipeline.from_pretrained(path, dtype=dtype).to(device or state.device)
                 pipe.set_progress_bar_config(disable=True)
             folder = Path(output) / "predictions" / pictures.category
             predict_category(pipe, pictures, folder, protocol, num_noise_samples, batch_size)

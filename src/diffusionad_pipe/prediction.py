@@ -60,6 +60,7 @@ def judge(
     names: Mapping[str, str],
     folder: Path,
     drawings: Drawings,
+    batch_size: int,
 ) -> list[Row]:
     """Judge some pictures in one pass of the networks, and write their files. It depends on nothing else, so processes
     can share a list of pictures among them.
@@ -70,6 +71,7 @@ def judge(
         names: name of a picture → the name that its files begin with.
         folder: where they go.
         drawings: what they are.
+        batch_size: at least the number of pictures; with tiling, of tiles in one pass.
 
     Returns:
         A row each picture, in order; what could not be read or written has an error instead of a decision.
@@ -92,7 +94,7 @@ def judge(
     if not readable:
         return list(rows.values())
 
-    result = pipe([picture for _, picture in readable], batch_size=len(readable), output_type="np")
+    result = pipe([picture for _, picture in readable], batch_size=batch_size, output_type="np")
     processor = pipe.image_processor
     for index, (source, picture) in enumerate(readable):
         score = float(result.anomaly_scores[index])
