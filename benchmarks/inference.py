@@ -13,13 +13,15 @@ A picture is a tensor of the networks' size; what is timed ends with its map and
   `--compile`, compiled.
 
 All are timed in turns, A B C A B C; given are medians, and the fastest and the slowest round. The peak is that of a
-product of two large matrices, measured in the same run; shares of it count the convolutions and matrix products of one
-network at the batch size with the highest throughput.
+product of two large matrices, measured in the same run; shares of it count the convolutions and matrix products of each
+network alone, at the smallest and the largest batch size.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from copy import copy, deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,6 @@ from measure import (
     matrix_peak,
     peak_memory,
     print_table,
-    synchronize,
     write_json,
 )
 
@@ -84,6 +85,7 @@ def variants(pipe: DiffusionADPipeline, with_compile: bool) -> dict[str, Diffusi
 
     found = {
         "float32": variant(torch.float32),
+        "float32, channels_last": variant(torch.float32, channels_last=True),
         "bfloat16": variant(torch.bfloat16),
         "bfloat16, channels_last": variant(torch.bfloat16, channels_last=True),
     }
@@ -97,6 +99,56 @@ def variants(pipe: DiffusionADPipeline, with_compile: bool) -> dict[str, Diffusi
     return found
 
 
+def time_networks(
+    pipe: DiffusionADPipeline,
+    pipes: dict[str, DiffusionADPipeline],
+    batch_sizes: list[int],
+    rounds: int,
+    side: int | None,
+) -> list[dict[str, Any]]:
+    """Print and return the time of each network alone, in every form, and the share of the peak that it reaches. On a
+    CPU with one thread it is the processor's time, without what other programs took.
+
+    Args:
+        pipe: in float32 and not compiled, to count with.
+        pipes: the forms.
+        batch_sizes: pictures; the UNet sees each at two noise scales.
+        rounds: of each.
+        side: of the matrices that the peak is measured with.
+    """
+    device, size = pipe.device, pipe.config.image_size
+    methods: dict[str, Callable[[], object]] = {}
+    rows: list[dict[str, Any]] = []
+    for batch_size in batch_sizes:
+        inputs = {
+            "UNet": (torch.randn(2 * batch_size, 3, size, size, device=device), torch.tensor(200, device=device)),
+            "segmentation": (torch.rand(batch_size, 6, size, size, device=device),),
+        }
+        for network, (pictures, *timestep) in inputs.items():
+            part = "unet" if network == "UNet" else network
+            flops = count_flops(partial(getattr(pipe, part), pictures, *timestep))
+            for form, changed in pipes.items():
+                module = getattr(changed, part)
+                rows.append({"network": network, "batch": batch_size, "form": form, "flops": flops})
+                methods[f"{network}|{batch_size}|{form}"] = partial(module, pictures.to(module.dtype), *timestep)
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    with torch.inference_mode():
+        timings = in_turns(methods, rounds, device, clock)
+    peaks = {d: matrix_peak(device, d, side, clock=clock) for d in {p.unet.dtype for p in pipes.values()}}
+    for row, timing in zip(rows, timings.values()):
+        peak = peaks[pipes[row["form"]].unet.dtype]
+        rate = row["flops"] / timing.median
+        row |= {**timing._asdict(), "flops_per_second": rate, "peak_flops": peak, "share_of_peak": rate / peak}
+    columns = "network", "batch", "form", "GFLOP", "seconds", "GFLOP/s", "of the peak"
+    shown = []
+    for row, timing in zip(rows, timings.values()):
+        numbers = f"{row['flops'] / 1e9:.4g}", timing, f"{row['flops_per_second'] / 1e9:.3g}"
+        shown.append((row["network"], row["batch"], row["form"], *numbers, f"{row['share_of_peak']:.0%}"))
+    print_table(columns, shown)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -104,6 +156,7 @@ def main() -> None:
     )
     parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="none: latency only")
     parser.add_argument("--forms", nargs="+", metavar="FORM", help="of the pipeline, such as bfloat16; default: all")
+    parser.add_argument("--networks_only", action="store_true", help="only the last table, of each network alone")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--measured_steps", type=int, default=2, help="of each iterative denoising; 0: none")
     parser.add_argument("--compile", action="store_true", help="also compiled: takes minutes before")
@@ -123,6 +176,12 @@ def main() -> None:
 
     def call(name: str, batch_size: int) -> Callable[[], object]:
         return lambda: pipes[name](pictures[:batch_size], batch_size=batch_size, output_type="pt")
+
+    ends = sorted({min(arguments.batch_sizes), max(arguments.batch_sizes)}) if arguments.batch_sizes else []
+    if arguments.networks_only:
+        results["networks"] = time_networks(pipe, pipes, ends, arguments.rounds, arguments.peak_side)
+        write_json(arguments.output, results)
+        return
 
     # 1. Latency of one picture.
     def inference_mode() -> None:
@@ -160,13 +219,12 @@ def main() -> None:
     # 2. Throughput by batch size.
     methods = {f"{name}|{b}": call(name, b) for name in pipes for b in arguments.batch_sizes}
     timings = in_turns(methods, arguments.rounds, device)
-    rows, fastest = [], ("", 0, 0.0)
+    rows = []
     results["throughput"] = {}
     for name in pipes:
         for batch_size in arguments.batch_sizes:
             timing = timings[f"{name}|{batch_size}"]
             rate = batch_size / timing.median
-            fastest = max(fastest, (name, batch_size, rate), key=lambda candidate: candidate[2])
             memory = peak_memory(methods[f"{name}|{batch_size}"], device)
             times = rate * results["latency"][AUTHORS]["median"], rate * results["latency"][INFERENCE_MODE]["median"]
             results["throughput"][f"{name}, batch {batch_size}"] = {
@@ -177,33 +235,8 @@ def main() -> None:
     columns = "pipeline", "batch", "pictures a second", "times the authors'", "times inference mode", "peak memory, GiB"
     print_table(columns, rows)
 
-    # 3. The share of the peak that each network reaches.
-    best, batch_size, _ = fastest
-    unet, segmentation = pipes[best].unet, pipes[best].segmentation
-    noised = torch.randn(2 * batch_size, 3, size, size, device=device).to(unet.dtype)
-    pairs = torch.rand(batch_size, 6, size, size, device=device).to(segmentation.dtype)
-    timesteps = torch.full((2 * batch_size,), 200, device=device)
-    plain = {
-        "UNet": lambda: pipe.unet(noised.float(), timesteps),
-        "segmentation": lambda: pipe.segmentation(pairs.float()),
-    }
-    flops = {name: count_flops(network) for name, network in plain.items()}
-    networks: dict[str, Callable[[], object]] = {
-        "UNet": lambda: unet(noised, timesteps),
-        "segmentation": lambda: segmentation(pairs),
-    }
-    with torch.inference_mode():
-        timings = in_turns(networks, arguments.rounds, device)
-    peak = matrix_peak(device, unet.dtype, arguments.peak_side)
-    synchronize(device)
-    rows = []
-    results["share_of_peak"] = {"variant": best, "batch_size": batch_size, "peak_flops": peak}
-    for name, timing in timings.items():
-        rate = flops[name] / timing.median
-        results["share_of_peak"][name] = {"flops": flops[name], "flops_per_second": rate, "share": rate / peak}
-        rows.append((name, f"{flops[name] / 1e9:.4g}", timing, f"{rate / 1e12:.3g}", f"{rate / peak:.0%}"))
-    print(f"{best}, batch {batch_size}; measured peak of a matrix product {peak / 1e12:.3g} TFLOP/s\n")
-    print_table(("network", "GFLOP", "seconds", "TFLOP/s", "of the peak"), rows)
+    # 3. Each network alone.
+    results["networks"] = time_networks(pipe, pipes, ends, arguments.rounds, arguments.peak_side)
     write_json(arguments.output, results)
 
 

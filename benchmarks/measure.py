@@ -45,23 +45,30 @@ class Timing(NamedTuple):
         return f"{self.median:.4g} ({self.lowest:.4g} ... {self.highest:.4g})"
 
 
-def in_turns(methods: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Timing]:
+def in_turns(
+    methods: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
     """Time methods in turns, A B A B, so that whatever else the machine does meets all alike.
 
     Args:
         methods: by name; each is called once before, not counted.
         rounds: how often each is timed.
         device: waited for before and after each call.
+        clock: in seconds. `time.process_time` leaves out what other programs took of the processor; with several
+            threads it is the sum of theirs.
     """
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for turn in tqdm(range(rounds + 1), desc="rounds, the first not counted", leave=False):
         for name, method in methods.items():
             synchronize(device)
-            started = time.perf_counter()
+            started = clock()
             method()
             synchronize(device)
             if turn > 0:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return {name: Timing(statistics.median(values), min(values), max(values)) for name, values in seconds.items()}
 
 
@@ -70,7 +77,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype, side: int | None = None, rounds: int = 5) -> float:
+def matrix_peak(
+    device: torch.device,
+    dtype: torch.dtype,
+    side: int | None = None,
+    rounds: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """The most floating-point operations a second that a product of two square matrices reached here.
 
     Args:
@@ -78,11 +91,12 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, side: int | None = Non
         dtype: of the matrices.
         side: of the matrices; None is 2048 on a CPU and 8192 on a GPU.
         rounds: the fastest counts.
+        clock: as [`in_turns`] takes it.
     """
     side = side or (8192 if device.type == "cuda" else 2048)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     with torch.inference_mode():
-        timing = in_turns({"product": lambda: left @ right}, rounds, device)["product"]
+        timing = in_turns({"product": lambda: left @ right}, rounds, device, clock)["product"]
     return 2 * side**3 / timing.lowest
 
 
