@@ -329,6 +329,13 @@ def test_a_dead_worker_ends_with_one_sentence(config: Path, tmp_path: Path) -> N
     assert "a worker that makes synthetic anomalies died" in errors and "lower --dataloader_num_workers" in errors
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DataLoader worker (pid 1) is killed"), ConnectionResetError(), EOFError()]
+)
+def test_a_worker_may_die_while_it_hands_a_batch_over(error: Exception) -> None:
+    assert "a worker that makes synthetic anomalies died" in str(train.explain(error))
+
+
 def test_tensorboard_gets_losses_and_pictures(config: Path, tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags = ["--report_to", "tensorboard", "--max_train_steps", "2", "--validation_steps", "2"]

@@ -350,7 +350,8 @@ def explain(error: BaseException) -> str | None:
         )
     if any(sign in str(error) for sign in ("No space left", "File too large", "code: 28", "code: 27")):
         return f"the disk is full ({error}): free some space and --resume_from_checkpoint latest"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+    # A worker that dies while it hands a batch over is a broken connection.
+    if "DataLoader worker" in str(error) or isinstance(error, ConnectionError | EOFError):
         return (
             f"a worker that makes synthetic anomalies died ({error}): there may be too little memory; "
             "lower --dataloader_num_workers and --resume_from_checkpoint latest"
