@@ -11,10 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from diffusionad_pipe.config_values import is_finite
 
 if TYPE_CHECKING:
     from diffusionad_pipe import DiffusionADPipeline
@@ -90,12 +92,14 @@ def read_defaults(name: str, source: str) -> Defaults:
         ValueError: as [`load_model`].
     """
     with sentences_for(name, source):
-        found = {}
+        found: dict[str, Any] = {}
         for file in ("model_index.json", "scheduler/scheduler_config.json"):
-            found |= json.loads(_find_file(source, file).read_text(encoding="utf-8"))
-        missing = [field for field in Defaults._fields if field not in found]
-        if missing:
-            raise ValueError(f"{name} is no DiffusionAD pipeline: its files do not say {', '.join(missing)}")
+            config = json.loads(_find_file(source, file).read_text(encoding="utf-8"))
+            found |= config if isinstance(config, dict) else {}
+        thresholds = {field for field in Defaults._fields[:2] if field in found and found[field] is None}
+        unusable = [field for field in Defaults._fields if field not in thresholds and not is_finite(found.get(field))]
+        if unusable:
+            raise ValueError(f"{name} is no DiffusionAD pipeline: its files do not say {', '.join(unusable)}")
         return Defaults(*(found[field] for field in Defaults._fields))
 
 

@@ -296,7 +296,9 @@ def test_the_page_is_there_before_the_model_and_a_damaged_one_ends_it(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("damage", ["{", '{"image_threshold": null}'])
+@pytest.mark.parametrize(
+    "damage", ["{", "[1]", '{"image_threshold": null}', '{"image_threshold": "high", "pixel_threshold": 0.5}']
+)
 def test_a_model_without_settings_is_a_sentence_at_once(tmp_path, damage):
     model = save_model(tmp_path / "tiny")
     (model / "model_index.json").write_text(damage)
