@@ -467,6 +467,24 @@ def test_an_occupied_folder_and_changed_settings(config: Path, trained: Path, tm
     assert yaml.safe_load((trained / "training_config.yaml").read_text())["seed"] == 0
 
 
+def test_overwriting_takes_a_run_and_its_pictures(config: Path, trained: Path, tmp_path: Path) -> None:
+    """Neither a typo nor a folder that is no run costs anything."""
+    others = tmp_path / "pictures"
+    others.mkdir()
+    (others / "mine.txt").write_text("kept")
+    result = run(command(config, others, "--overwrite"))
+    assert result.returncode == 1 and "is no folder of a run" in result.stderr
+    assert (others / "mine.txt").read_text() == "kept"
+
+    old = Path(shutil.copytree(trained, tmp_path / "old"))
+    result = run(command(config, old, "--overwrite", "--train_data_dir", str(tmp_path / "nothing")))
+    assert result.returncode == 1 and (old / "model_index.json").is_file() and list(old.glob("checkpoint-*"))
+    result = run(command(config, old, "--overwrite", "--max_train_steps", "1", "--validation_steps", "1"))
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in old.glob("checkpoint-*")] == ["checkpoint-0000001"]
+    assert {json.loads(line)["step"] for line in (old / "log.jsonl").read_text().splitlines()} == {1}
+
+
 def test_another_number_of_processes_is_refused(config: Path, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "run")
     launch = [*LAUNCH, "2", "--multi_gpu"]

@@ -18,10 +18,11 @@ from diffusionad_pipe.image_files import write_atomically
 logger = logging.getLogger("train")
 
 MANIFEST = "checksums.json"
+FOREGROUNDS = "foregrounds"  # where mattes are cached
 
 
 def start_run(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
-    """Find what to resume from, or refuse or empty an output folder that holds another run."""
+    """Find what to resume from, or refuse an output folder that holds something else."""
     output_dir, stored = Path(config.output_dir), Path(config.output_dir) / "training_config.yaml"
     resume_from = find_checkpoint(output_dir, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
     if resume_from is not None and stored.is_file():
@@ -37,9 +38,21 @@ def start_run(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
             raise ValueError(
                 f"{output_dir} is not empty: use --resume_from_checkpoint latest, --overwrite, or another folder"
             )
-        shutil.rmtree(output_dir)
+        if {path.name for path in output_dir.iterdir()} != {FOREGROUNDS} and not stored.is_file():
+            raise ValueError(f"{output_dir} is no folder of a run, and --overwrite would empty it: use another folder")
+        shutil.rmtree(output_dir / FOREGROUNDS, ignore_errors=True)  # they may be another model's
     accelerator.wait_for_everyone()
     return resume_from
+
+
+def empty_run(output_dir: Path) -> None:
+    """Throw a former run away, now that its successor has its pictures, and the mattes that it has just stored."""
+    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            if path.name != FOREGROUNDS:
+                shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def store_run(config: TrainingConfig, first_step: int) -> None:

@@ -26,7 +26,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_se
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
-from run_folder import save_checkpoint, save_pipeline, start_run, store_run
+from run_folder import empty_run, save_checkpoint, save_pipeline, start_run, store_run
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -119,6 +119,8 @@ def main(config: TrainingConfig) -> int:
         config.max_train_steps * draws_per_step,
         accelerator.device if config.dataloader_num_workers == 0 else torch.device("cpu"),
     )
+    if resume_from is None and accelerator.is_main_process:
+        empty_run(output_dir)
     logger.info("%d good pictures to train on, %d held out", good_count - held_out_count, held_out_count)
     if smallest_rate(held_out_count) > config.false_positive_rate:
         logger.warning(

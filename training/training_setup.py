@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from run_folder import FOREGROUNDS
 from training_config import TrainingConfig
 
 from diffusionad_pipe import (
@@ -80,7 +81,7 @@ def build_datasets(
         pictures,
         folder=config.foreground_dir,
         model=config.foreground_model,
-        cache_dir=Path(config.output_dir) / "foregrounds",
+        cache_dir=Path(config.output_dir) / FOREGROUNDS,
     )
 
     def sources(chosen: torch.Tensor, draw_side: int) -> dict[str, Any]:
