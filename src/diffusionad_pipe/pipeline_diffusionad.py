@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import snapshot_download
 from torch import nn
 
 from .acceleration import compile_networks, explained_out_of_memory, fastest_dtype
 from .config_values import is_finite, is_whole
+from .hub_download import download_pipeline
 from .image_processor import DiffusionADImageProcessor
 from .prefetch import prefetched
 from .reference_checkpoint import build_networks, build_scheduler, read_checkpoint, write_checkpoint
@@ -570,8 +570,7 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """Download a pipeline from the Hub and return its folder. diffusers' own `download` refuses components that
-        are defined outside diffusers (its issue 6563), so this takes the files that a pipeline is made of itself.
+        """Download a pipeline from the Hub and return its folder ([`hub_download`] tells why not as diffusers does).
 
         Args:
             pretrained_model_name: a Hub id such as `"user/model"`.
@@ -581,28 +580,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         Raises:
             WeightsFileError: for a path, at which there is no folder.
         """
-        name = pretrained_model_name
-        if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name:
-            raise WeightsFileError(
-                f"there is no folder {name!r}: give one that save_pretrained wrote, or a Hub id user/model"
-            )
-        passed_on = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-        options = {k: kwargs[k] for k in passed_on if kwargs.get(k) is not None}
-        networks, variant = ["unet", "segmentation"], kwargs.get("variant")
-        # Whole paths: a `*` matches across folders, so `*/config.json` would take training checkpoints too.
-        patterns = ["model_index.json", "scheduler/scheduler_config.json"] + [f"{n}/config.json" for n in networks]
-        if variant:
-            folder = snapshot_download(
-                pretrained_model_name, allow_patterns=patterns + _weights_patterns(networks, variant), **options
-            )
-            # A network without the variant uses its plain weights, from the same commit. Without any there is no use.
-            plain = [n for n in networks if not any(Path(folder, n).glob(f"*.{variant}*.safetensors"))]
-            if plain in ([], networks):
-                return folder
-            networks, options = plain, {**options, "revision": Path(folder).name}
-        return snapshot_download(
-            pretrained_model_name, allow_patterns=patterns + _weights_patterns(networks), **options
-        )
+        return download_pipeline(pretrained_model_name, **kwargs)
 
     @classmethod
     def from_single_file(cls, path: str | os.PathLike[str], **kwargs: Any):
@@ -629,29 +607,9 @@ class DiffusionADPipeline(DiffusionPipeline):
         Raises:
             ValueError: for networks or a prediction type that their code does not have.
         """
-        config = self.scheduler.config
-        args = {
-            "T": config.num_train_timesteps,
-            "beta_schedule": "cosine" if config.beta_schedule == "squaredcos_cap_v2" else "linear",
-            "condition_w": config.guidance_scale,
-            "eval_normal_t": config.small_timestep,
-            "eval_noisier_t": config.large_timestep,
-        }
-        theirs = build_scheduler({"args": args}, path).config
-        others = {k: v for k, v in config.items() if not k.startswith("_") and np.any(theirs[k] != v)}
-        if others:
-            raise ValueError(f"the authors' code has no scheduler with {others}: it predicts noise, on its schedules")
-        write_checkpoint(path, self.unet, self.segmentation, args)
+        write_checkpoint(path, self.unet, self.segmentation, self.scheduler)
 
 
 def _as_tuple(output: DiffusionADPipelineOutput) -> tuple[Any, ...]:
     """Every field, also those that are None, which diffusers' own `to_tuple` leaves out."""
     return tuple(getattr(output, field.name) for field in fields(output))
-
-
-def _weights_patterns(networks: list[str], variant: str | None = None) -> list[str]:
-    """Names of the weights, of their shards and of the shards' index."""
-    stems = [f"{n}/{stem}" for n in networks for stem in ("diffusion_pytorch_model", "model")]  # ... and transformers'
-    infix = f".{variant}" if variant else ""
-    names = ("{0}{1}.safetensors", "{0}{1}-*.safetensors", "{0}.safetensors.index{1}.json")
-    return [name.format(stem, infix) for stem in stems for name in names]

@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from .image_files import write_atomically
@@ -147,7 +148,7 @@ def write_checkpoint(
     path: str | os.PathLike[str],
     unet: DiffusionADUNet2DModel,
     segmentation: SegmentationUNet2DModel,
-    args: dict[str, Any],
+    scheduler: NormGuidedOneStepScheduler,
 ) -> None:
     """Write the authors' format, which their code reads.
 
@@ -155,11 +156,12 @@ def write_checkpoint(
         path: the file to write.
         unet: the paper's network.
         segmentation: the paper's network.
-        args: settings to store beside what the networks themselves tell.
+        scheduler: its settings are stored beside what the networks themselves tell.
 
     Raises:
-        ValueError: when a network is not one that the authors' code has.
+        ValueError: when a network is not one that the authors' code has, or the scheduler is not.
     """
+    args = _scheduler_args(scheduler, path)
     config = unet.config
     paper = {"in_channels": 3, "out_channels": 3, "patch_size": 1, "layers_per_block": 2, "norm_eps": 1e-5}
     try:
@@ -198,6 +200,23 @@ def write_checkpoint(
         ),
     }
     write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def _scheduler_args(scheduler: NormGuidedOneStepScheduler, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `args` from which `build_scheduler` makes this scheduler again."""
+    config = scheduler.config
+    args = {
+        "T": config.num_train_timesteps,
+        "beta_schedule": "cosine" if config.beta_schedule == "squaredcos_cap_v2" else "linear",
+        "condition_w": config.guidance_scale,
+        "eval_normal_t": config.small_timestep,
+        "eval_noisier_t": config.large_timestep,
+    }
+    theirs = build_scheduler({"args": args}, path).config
+    others = {k: v for k, v in config.items() if not k.startswith("_") and np.any(theirs[k] != v)}
+    if others:
+        raise ValueError(f"the authors' code has no scheduler with {others}: it predicts noise, on its schedules")
+    return args
 
 
 def unet_module_names(unet: DiffusionADUNet2DModel) -> dict[str, str]:
