@@ -42,6 +42,9 @@ def draw_chart(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
             at = (1000 * point["seconds"], point[metric])
             axes.annotate(point["model"], at, (5, 5), textcoords="offset points", fontsize=9)
     axes.set(xscale="log", xlabel="milliseconds a picture, file to map", ylabel=metric.replace("_", " "))
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis("{x:.0f}")
+    axes.margins(0.15)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

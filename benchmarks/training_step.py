@@ -62,11 +62,12 @@ class Training:
     """The paper's networks and Adam.
 
     Args:
+        scheduler: made before a fake mode is entered, as its numbers are checked when it is made.
         gradient_checkpointing: of both networks.
         device: where they are.
     """
 
-    def __init__(self, gradient_checkpointing: bool, device: torch.device | str):
+    def __init__(self, scheduler: NormGuidedOneStepScheduler, gradient_checkpointing: bool, device: torch.device | str):
         torch.manual_seed(0)
         with torch.device(device):
             self.unet = DiffusionADUNet2DModel(**paper_unet_config(256))
@@ -79,7 +80,7 @@ class Training:
         with torch.no_grad():
             for parameter in self.unet.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
-        self.scheduler = NormGuidedOneStepScheduler()
+        self.scheduler = scheduler
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0, fused=True)
 
     def loss(self, batch: Batch, plain: bool = False) -> torch.Tensor:
@@ -121,8 +122,9 @@ def training_batch(batch_size: int, resolution: int, device: torch.device | str)
 def count_flops(batch_size: int, resolution: int) -> int:
     """Floating-point operations of one step, forward and backward."""
     # The counter knows attention as matrix products, not as the CPU's fused kernel.
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        training = Training(gradient_checkpointing=False, device="cpu")
+    scheduler, fake = NormGuidedOneStepScheduler(), FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        training = Training(scheduler, gradient_checkpointing=False, device="cpu")
         training.loss(training_batch(batch_size, resolution, "cpu")).backward()
     return counter.get_total_flops()
 
@@ -130,13 +132,14 @@ def count_flops(batch_size: int, resolution: int) -> int:
 def print_times(arguments: argparse.Namespace) -> None:
     device = PartialState().device
     on_gpu = device.type == "cuda"
-    training = Training(arguments.gradient_checkpointing, device)
+    training = Training(NormGuidedOneStepScheduler(), arguments.gradient_checkpointing, device)
 
     small = training_batch(2, 64, device)
     with torch.backends.cudnn.flags(enabled=False), torch.no_grad():  # cuDNN would take TF32 for float32
         ours, plain = training.loss(small), training.loss(small, plain=True)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
+    flops = count_flops(arguments.batch_size, arguments.resolution)
     batch = training_batch(arguments.batch_size, arguments.resolution, device)
     forms = {"two calls, float32": True, "ours: one call, bf16": False}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
@@ -154,7 +157,6 @@ def print_times(arguments: argparse.Namespace) -> None:
             if turn > 0:
                 seconds[name].append(time.perf_counter() - started)
 
-    flops = count_flops(arguments.batch_size, arguments.resolution)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     checkpointing = "with" if arguments.gradient_checkpointing else "without"
@@ -212,8 +214,9 @@ def saved_storages(without: list[nn.Parameter]) -> Iterator[dict[int, torch.Unty
 
 def step_memory(batch_size: int, resolution: int, gradient_checkpointing: bool) -> dict[str, float]:
     """What one float32 step would hold in memory, in bytes."""
-    with FakeTensorMode(), LivePeak() as tracker:
-        training = Training(gradient_checkpointing, "cpu")
+    scheduler = NormGuidedOneStepScheduler()
+    with FakeTensorMode(allow_non_fake_inputs=True), LivePeak() as tracker:
+        training = Training(scheduler, gradient_checkpointing, "cpu")
         batch = training_batch(batch_size, resolution, "cpu")
         parameters = sum(parameter.nbytes for parameter in training.parameters)
         # A step on a small batch first: gradients come and go, Adam's averages stay.
