@@ -570,15 +570,8 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """Download a pipeline from the Hub and return its folder ([`hub_download`] tells why not as diffusers does).
-
-        Args:
-            pretrained_model_name: a Hub id such as `"user/model"`.
-            kwargs: `variant`, and those of `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`,
-                `local_files_only`, `force_download`).
-
-        Raises:
-            WeightsFileError: for a path, at which there is no folder.
+        """Download a pipeline from the Hub and return its folder: [`hub_download.download_pipeline`], whose arguments and
+        errors these are.
         """
         return download_pipeline(pretrained_model_name, **kwargs)
 
