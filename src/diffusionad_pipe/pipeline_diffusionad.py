@@ -570,8 +570,8 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """Download a pipeline from the Hub and return its folder: [`hub_download.download_pipeline`], whose arguments and
-        errors these are.
+        """Download a pipeline from the Hub and return its folder; arguments and errors are those of
+        [`hub_download.download_pipeline`].
         """
         return download_pipeline(pretrained_model_name, **kwargs)
 
