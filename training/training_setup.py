@@ -94,6 +94,7 @@ def build_datasets(
             "texture_probability": config.texture_probability,
             "procedural_probability": config.procedural_probability,
             "grayscale_anomalies": config.grayscale_anomalies,
+            "soft_edge_probability": config.soft_edge_probability,
         }
 
     training = SyntheticAnomalyDataset(

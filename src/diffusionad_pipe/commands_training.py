@@ -82,6 +82,9 @@ def preview_synthesis(
             "--grayscale-anomalies/--no-grayscale-anomalies", help="Anomalies on grey pictures are grey; the paper: no."
         ),
     ] = True,
+    soft_edge_probability: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of anomalies with blurred edges; the paper: 0.")
+    ] = 0.0,
     validation_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the pictures that training holds out.")
     ] = 0.15,
@@ -123,6 +126,7 @@ def preview_synthesis(
             texture_probability=texture_probability,
             procedural_probability=procedural_probability,
             grayscale_anomalies=grayscale_anomalies,
+            soft_edge_probability=soft_edge_probability,
             seed=seed,
             count=count,
             draws=draws,

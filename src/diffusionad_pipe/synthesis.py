@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import kornia
 import torch
 
 from .augmenters import augment, rotate
@@ -23,6 +24,8 @@ MAX_PERLIN_EXPONENT = 5
 PERLIN_THRESHOLD = 0.5
 MASK_TRIES = 50
 SHUFFLE_GRID = 8
+# Standard deviation of a softened edge at most, as a share of the picture's shorter side.
+MAX_SOFTENING = 0.04
 # Grey pictures have equal channels; a few levels more are JPEG's rounding.
 GREY_TOLERANCE = 4 / 255
 
@@ -86,6 +89,35 @@ def perlin_masks(foregrounds: torch.Tensor, generators: Generators) -> torch.Ten
         masks[empty] = (noise > PERLIN_THRESHOLD) * foregrounds[empty]
         empty = [i for i in empty if not masks[i].any()]
     return masks
+
+
+def soften_edges(
+    masks: torch.Tensor, foregrounds: torch.Tensor, generators: Generators, probability: float
+) -> torch.Tensor:
+    """Blur some masks by a Gaussian of random width, inside the foreground and up to 1 again. Not in the paper.
+
+    Perlin masks have edges as sharp as a knife's, which tell a pasted texture however faint it is. Stains, frays and
+    shades have none.
+
+    Args:
+        masks: M `[B, 1, H, W]` in [0, 1].
+        foregrounds: mattes `[B, 1, H, W]` in [0, 1].
+        generators: one a sample.
+        probability: share of the masks that are blurred.
+
+    Returns:
+        M `[B, 1, H, W]` in [0, 1].
+    """
+    chosen = (uniform(0, 1, generators) < probability).nonzero()[:, 0].tolist()
+    if not chosen:
+        return masks
+    widest = MAX_SOFTENING * min(masks.shape[-2:])
+    sigma = uniform(min(0.5, widest), widest, [generators[i] for i in chosen], 1).expand(-1, 2).to(masks)
+    blurred = kornia.filters.gaussian_blur2d(masks[chosen], 2 * math.ceil(3 * widest) + 1, sigma, border_type="reflect")
+    blurred = blurred * foregrounds[chosen]
+    softened = masks.clone()
+    softened[chosen] = blurred / blurred.amax((2, 3), keepdim=True).clamp(min=1e-6)
+    return softened.clamp(0, 1)
 
 
 def shuffle_tiles(images: torch.Tensor, generators: Generators, grid: int = SHUFFLE_GRID) -> torch.Tensor:
@@ -163,6 +195,7 @@ def synthesize_anomalies(
     texture_probability: float = 0.5,
     procedural_probability: float = 0.0,
     grayscale_anomalies: bool = False,
+    soft_edge_probability: float = 0.0,
 ) -> AnomalySamples:
     """Leave each normal picture as it is, or put a synthetic anomaly on it.
 
@@ -178,6 +211,7 @@ def synthesize_anomalies(
             0 in the paper, and 1 where there are none but it is not 0.
         grayscale_anomalies: put grey anomalies on grey pictures. Not in the paper: there textures keep their colours,
             and on grey pictures colour alone tells every synthetic anomaly, but no real one.
+        soft_edge_probability: share of the masks that `soften_edges` blurs; 0 in the paper.
 
     Returns:
         [`AnomalySamples`].
@@ -185,7 +219,10 @@ def synthesize_anomalies(
     masks = torch.zeros_like(foregrounds)
     chosen = (uniform(0, 1, generators) < anomaly_probability).nonzero()[:, 0].tolist()
     if chosen:
-        masks[chosen] = perlin_masks(foregrounds[chosen], [generators[i] for i in chosen])
+        own = [generators[i] for i in chosen]
+        masks[chosen] = perlin_masks(foregrounds[chosen], own)
+        if soft_edge_probability > 0:  # else the draws are the paper's
+            masks[chosen] = soften_edges(masks[chosen], foregrounds[chosen], own, soft_edge_probability)
     labels = masks.flatten(1).any(1)
     chosen = labels.nonzero()[:, 0].tolist()
     if not chosen:
