@@ -14,6 +14,7 @@ from diffusionad_pipe.synthesis import (
     perlin_noise,
     procedural_textures,
     shuffle_tiles,
+    soften_edges,
     synthesize_anomalies,
 )
 
@@ -194,6 +195,39 @@ def test_grey_pictures_get_grey_anomalies() -> None:
     colour = [(made.images[40:].amax(1) - made.images[40:].amin(1)).flatten(1).amax(1) for made in (grey, paper)]
     assert colour[0].max() < 1e-6 and colour[1].median() > 0.05
     assert not torch.equal(grey.images[40:], images[40:])
+
+
+def test_softened_edges_stay_in_the_foreground() -> None:
+    """A blurred mask is 1 somewhere, soft at its edge and nothing beyond the matte; half of them are blurred."""
+    mattes = torch.zeros(60, 1, 64, 64)
+    mattes[..., 16:, :] = 1
+    masks = perlin_masks(mattes, generators(60))
+    softened = soften_edges(masks, mattes, generators(60), 0.5)
+    changed = (softened != masks).flatten(1).any(1)
+    assert 15 < changed.sum() < 45
+    assert torch.allclose(softened.amax((1, 2, 3)), torch.ones(60)) and softened.min() >= 0
+    assert not softened[..., :16, :].any()
+    # No step from pixel to pixel but at the matte's border: a Gaussian's steepest slope is 1 / (σ √2π).
+    assert softened[changed][..., 16:, :].diff(dim=-1).abs().amax((1, 2, 3)).median() < 0.5
+    for i in (3, 41):
+        alone = soften_edges(masks[[i]], mattes[[i]], [sample_generator(0, i)], 0.5)[0]
+        torch.testing.assert_close(alone, softened[i], rtol=0, atol=1e-6)
+
+
+def test_soft_edges_are_composed_like_hard_ones() -> None:
+    """And a probability of 0 leaves the paper's draws as they are."""
+    images, mattes = torch.zeros(40, 3, 64, 64), torch.ones(40, 1, 64, 64)
+    white = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
+    options = {"anomaly_probability": 1, "texture_probability": 1}
+    hard, same, soft = (
+        synthesize_anomalies(images, mattes, white, generators(40), **options, **extra)
+        for extra in ({}, {"soft_edge_probability": 0.0}, {"soft_edge_probability": 1.0})
+    )
+    assert torch.equal(hard.images, same.images) and torch.equal(hard.masks, same.masks)
+    inside = (soft.masks > 0) & (soft.masks < 1)
+    assert inside.flatten(1).any(1).all()
+    # S = M · (1 − β) · A on black, with A at most 1 and β at least 0.2
+    assert (soft.images <= 0.8 * soft.masks + 1e-6).all() and soft.images.amax() > 0.5 and soft.labels.all()
 
 
 def test_empty_foreground_leaves_the_picture_normal() -> None:

@@ -16,13 +16,14 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
@@ -83,6 +84,8 @@ def main(config: TrainingConfig) -> int:
         dynamo_backend="inductor" if config.torch_compile else "no",
         log_with=config.report_to,
         project_dir=config.output_dir,
+        # The others wait while one process validates, and ten minutes may be too few for that.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
     logging.basicConfig(
         format="%(asctime)s %(message)s",
@@ -304,6 +307,7 @@ def main(config: TrainingConfig) -> int:
             entry = {"noise_loss": noise_loss, "mask_loss": mask_loss, "gradient_norm": norm.item()}
             entry |= {"learning_rate": lr_scheduler.get_last_lr()[0], "skipped_steps": progress.skipped}
             log(step, entry | {"seconds_per_step": seconds, "pictures_per_second": speed})
+        paused = time.perf_counter()
         if step % config.validation_steps == 0 or step == config.max_train_steps:
             if accelerator.is_main_process:
                 validate_and_save(step)
@@ -312,7 +316,9 @@ def main(config: TrainingConfig) -> int:
         progress.seconds = time.perf_counter() - started
         if stopping or step % config.checkpointing_steps == 0 or step == config.max_train_steps:
             save_checkpoint(accelerator, output_dir, step, config.checkpoints_total_limit)
+        since += time.perf_counter() - paused  # the speed is that of training alone
         if stopping:
+            accelerator.end_training()  # trackers write what they hold
             logger.info("stopped at step %d; go on with --resume_from_checkpoint latest", step)
             return 128 + (stop_signals or [signal.SIGTERM])[0]
     bar.close()
