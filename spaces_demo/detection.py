@@ -63,7 +63,8 @@ class Detection:
         anomaly_map: `[1, 1, h, w]` in [0, 1], at the size at which the networks work.
         shown: the picture, its longest side at most `MAX_SHOWN_SIDE`.
         reconstruction: of the size of `shown`.
-        steps: the pictures of `STEPS`, at the networks' size, for the first noise.
+        steps: the pictures of `STEPS`, at the networks' size, for the first noise; None where the model has no large
+            scale.
     """
 
     path: str
@@ -75,7 +76,7 @@ class Detection:
     anomaly_map: "torch.Tensor"
     shown: Image.Image
     reconstruction: Image.Image
-    steps: list[Image.Image]
+    steps: list[Image.Image | None]
 
 
 class Finding(NamedTuple):
@@ -113,7 +114,7 @@ def run_model(pipe: "DiffusionADPipeline", model: str, path: str, name: str, set
         pipe: "DiffusionADPipeline", index: int, timesteps: "torch.Tensor", tensors: "dict[str, torch.Tensor]"
     ) -> None:
         if not index:
-            first_step.update({key: tensors[key].cpu() for key in STEPS})
+            first_step.update({key: tensors[key].cpu() for key in STEPS if key in tensors})
         if time.monotonic() > end:
             raise ValueError(f"this took more than {MAX_SECONDS} s and was stopped; take fewer noise samples")
 
@@ -147,7 +148,7 @@ def run_model(pipe: "DiffusionADPipeline", model: str, path: str, name: str, set
         anomaly_map=output.anomaly_maps,
         shown=processor.postprocess(shown_pixels, "pil")[0],
         reconstruction=processor.postprocess(output.reconstructions, "pil", [shown_size])[0],
-        steps=[processor.postprocess(first_step[key], "pil")[0] for key in STEPS],
+        steps=[processor.postprocess(first_step[key], "pil")[0] if key in first_step else None for key in STEPS],
     )
 
 

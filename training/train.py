@@ -32,13 +32,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from training_config import TrainingConfig, parse_arguments, to_plain
-from training_setup import build_datasets, build_networks, start_from_pretrained
+from training_setup import build_datasets, build_networks, load_teacher, start_from_pretrained
 
 from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.calibration import Validation, smallest_rate, validate
 from diffusionad_pipe.image_files import write_atomically
 from diffusionad_pipe.model_card import write_model_card
-from diffusionad_pipe.objective import training_losses
+from diffusionad_pipe.objective import distillation_losses, training_losses
 from diffusionad_pipe.publishing import push_model
 from diffusionad_pipe.training_plots import plot_losses, validation_grid
 
@@ -112,9 +112,10 @@ def main(config: TrainingConfig) -> int:
 
     # 1. Networks from the seed, and pictures
     set_seed(config.seed)
-    unet, segmentation, scheduler = build_networks(config)
-    if config.pretrained_model_name_or_path:
-        start_from_pretrained({"unet": unet, "segmentation": segmentation}, config.pretrained_model_name_or_path)
+    teacher = load_teacher(config.distill, config.mixed_precision, accelerator.device) if config.distill else None
+    unet, segmentation, scheduler = build_networks(config, teacher)
+    if source := config.pretrained_model_name_or_path or config.distill:
+        start_from_pretrained({"unet": unet, "segmentation": segmentation}, source)
     resume_from = start_run(config, accelerator)
     draws_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     dataset, validation, good_count, held_out_count = build_datasets(
@@ -258,18 +259,30 @@ def main(config: TrainingConfig) -> int:
             part = {key: value[start : start + config.train_batch_size] for key, value in batch.items()}
             with accelerator.accumulate(unet, segmentation):
                 with accelerator.autocast():
-                    losses = training_losses(
-                        unet,
-                        segmentation,
-                        scheduler,
-                        part["images"],
-                        part["masks"],
-                        part["labels"],
-                        part["noise"].transpose(0, 1),  # [2, B, 3, H, W]
-                        part["timesteps"].T,  # [2, B]
-                        normal_count=normal_count,
-                        originals=part["originals"] if config.restore_anomalies else None,
-                    )
+                    if teacher is not None:
+                        losses = distillation_losses(
+                            unet,
+                            segmentation,
+                            scheduler,
+                            part["images"],
+                            part["masks"],
+                            part["noise"].transpose(0, 1),  # [2, B, 3, H, W]
+                            teacher.unet,
+                            teacher.scheduler,
+                        )
+                    else:
+                        losses = training_losses(
+                            unet,
+                            segmentation,
+                            scheduler,
+                            part["images"],
+                            part["masks"],
+                            part["labels"],
+                            part["noise"].transpose(0, 1),  # [2, B, 3, H, W]
+                            part["timesteps"].T,  # [2, B]
+                            normal_count=normal_count,
+                            originals=part["originals"] if config.restore_anomalies else None,
+                        )
                 accelerator.backward(losses.loss)
             both = torch.stack([losses.noise_loss, losses.mask_loss]).detach()
             step_losses += both / config.gradient_accumulation_steps

@@ -60,6 +60,7 @@ class TrainingConfig:
     small_timestep: int = 200  # noise scales at inference
     large_timestep: int = 400
     guidance_scale: float = 1.0
+    distill: str | None = None  # a trained pipeline, Hub id or folder, to be learned by a UNet that is called once
     restore_anomalies: bool = False  # the UNet also learns what was below a synthetic anomaly; the paper: no
     timestep_boundary: int = 300  # training: small scale below, large scale from here on
     timestep_maximum: int = 1000  # training: end of the large scale
@@ -171,6 +172,11 @@ def parse_arguments(arguments: list[str], description: str | None) -> TrainingCo
     if config.restore_anomalies and config.prediction_type != "sample":
         parser.error(
             "--restore_anomalies needs --prediction_type sample: noise is no part of what was below an anomaly"
+        )
+    if config.distill and (config.prediction_type != "sample" or config.restore_anomalies):
+        parser.error(
+            "--distill needs --prediction_type sample and no --restore_anomalies: its UNet learns to predict what the "
+            "teacher rebuilds"
         )
     if not config.train_data_dir and not config.dataset_name:
         parser.error("--train_data_dir (or --dataset_name) is needed: the folder with pictures of good parts")

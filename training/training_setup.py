@@ -22,11 +22,14 @@ from diffusionad_pipe.unet_2d_diffusionad import ATTENTION_SIZES
 
 logger = logging.getLogger("train")
 
+TEACHER_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def build_networks(
-    config: TrainingConfig,
+    config: TrainingConfig, teacher: DiffusionADPipeline | None = None
 ) -> tuple[DiffusionADUNet2DModel, SegmentationUNet2DModel, NormGuidedOneStepScheduler]:
-    """The pipeline's three components as the configuration describes them."""
+    """The pipeline's three components as the configuration describes them; noise scales and guidance are a teacher's
+    where there is one."""
     sides = [config.resolution // config.patch_size // 2**level for level in range(len(config.block_out_channels))]
     unet = DiffusionADUNet2DModel(
         sample_size=config.resolution,
@@ -45,6 +48,11 @@ def build_networks(
         guidance_scale=config.guidance_scale,
     )
     divisor = math.lcm(unet.size_divisor, segmentation.size_divisor)
+    if teacher is not None:
+        scheduler = NormGuidedOneStepScheduler.from_config(
+            teacher.scheduler.config, prediction_type=config.prediction_type, distilled=True
+        )
+        divisor = math.lcm(divisor, teacher.unet.size_divisor)
     for name, side in (("resolution", config.resolution), ("resize_to", config.resize_to or config.resolution)):
         if side % divisor or side < config.resolution:
             raise ValueError(f"--{name} {side} must be a multiple of {divisor} for these networks, and no crop larger")
@@ -59,6 +67,18 @@ def start_from_pretrained(networks: dict[str, torch.nn.Module], source: str) -> 
         fitting = {key: value for key, value in found.items() if key in state and value.shape == state[key].shape}
         network.load_state_dict(state | fitting)
         logger.info("%s: %d of %d weights start from %s", name, len(fitting), len(state), source)
+
+
+def load_teacher(source: str, mixed_precision: str, device: torch.device) -> DiffusionADPipeline:
+    """The pipeline of --distill, in the precision of the run.
+
+    Raises:
+        ValueError: when it is distilled itself and has no two scales to teach, or cannot be loaded.
+    """
+    teacher = DiffusionADPipeline.from_pretrained(source, dtype=TEACHER_DTYPES[mixed_precision]).to(device)
+    if teacher.scheduler.config.distilled:
+        raise ValueError(f"--distill {source} is distilled itself: give the model that it was distilled from")
+    return teacher
 
 
 def build_datasets(

@@ -34,7 +34,8 @@ def summarize(model: str) -> dict[str, str]:
         f"patches of {unet.patch_size}, predicts {schedule.prediction_type}",
         "segmentation": f"{_size(pipe.segmentation, folder / 'segmentation')}; {type(pipe.segmentation).__name__}",
         "noise scales": f"{schedule.small_timestep} and {schedule.large_timestep} of {schedule.num_train_timesteps}, "
-        f"guidance weight {schedule.guidance_scale:g}",
+        f"guidance weight {schedule.guidance_scale:g}"
+        + (", distilled into one call of the UNet" if schedule.distilled else ""),
         "image score": f"mean of {config.score_top_k:g} pixels"
         if config.score_top_k >= 1
         else f"mean of the largest {config.score_top_k:.2%} of the pixels",

@@ -155,3 +155,49 @@ def training_losses(
     logits = segmentation(torch.cat([images, step.prev_sample], dim=1)).logits.float()
     segmentation_loss = mask_loss(logits, masks)
     return TrainingLosses(noise_loss + segmentation_loss, noise_loss, segmentation_loss, step.prev_sample, logits)
+
+
+def distillation_losses(
+    unet: nn.Module,
+    segmentation: nn.Module,
+    scheduler: NormGuidedOneStepScheduler,
+    images: torch.Tensor,
+    masks: torch.Tensor,
+    noise: torch.Tensor,
+    teacher: nn.Module,
+    teacher_scheduler: NormGuidedOneStepScheduler,
+) -> TrainingLosses:
+    """One training forward pass of a student that needs one call of the UNet. Not in the paper.
+
+    The teacher makes its norm-guided reconstruction of each picture from both noise scales, as at inference. The
+    student sees the small scale alone, with the same noise, and learns to predict that reconstruction; the
+    segmentation network learns from the student's, as in [`training_losses`].
+
+    Args:
+        unet: the student.
+        segmentation: the segmentation network.
+        scheduler: the student's, with `prediction_type="sample"`, `distilled` and the teacher's noise scales.
+        images: normal and synthetically anomalous pictures `[B, 3, H, W]` in [0, 1].
+        masks: `[B, 1, H, W]` in [0, 1].
+        noise: `[2, B, 3, H, W]`, small scale first.
+        teacher: the reconstruction network that teaches, in eval mode.
+        teacher_scheduler: its scheduler.
+
+    Returns:
+        [`TrainingLosses`]; `noise_loss` is the student's distance from the teacher, weighted as a denoising loss.
+    """
+    timesteps = teacher_scheduler.timesteps.to(images.device)  # [2]
+    with torch.no_grad():
+        both_images, both_timesteps = torch.cat([images, images]), timesteps.repeat_interleave(len(images))
+        noised = teacher_scheduler.add_noise(both_images, noise.flatten(0, 1), both_timesteps)
+        output = teacher(noised.to(next(teacher.parameters()).dtype), both_timesteps).sample.float()
+        targets = teacher_scheduler.step(output, both_timesteps, noised).prev_sample
+
+    small, noised_small = both_timesteps[: len(images)], noised[: len(images)]
+    model_output = unet(noised_small, small).sample.float()
+    noise_loss = denoising_loss(scheduler, model_output, targets, noise[0], small).mean()
+
+    step = scheduler.step(model_output, small, noised_small)
+    logits = segmentation(torch.cat([images, step.prev_sample], dim=1)).logits.float()
+    segmentation_loss = mask_loss(logits, masks)
+    return TrainingLosses(noise_loss + segmentation_loss, noise_loss, segmentation_loss, step.prev_sample, logits)

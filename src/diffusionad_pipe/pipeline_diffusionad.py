@@ -157,7 +157,8 @@ class DiffusionADPipeline(DiffusionPipeline):
             height: height in pixels at which the networks work; None is the pipeline's `image_size`. With tiling: to
                 which pictures are resized before they are cut; None is their own.
             width: likewise. Both are rounded to what the networks can take, with a warning.
-            small_timestep: t_s, the small noise scale; None takes the scheduler's.
+            small_timestep: t_s, the small noise scale; None takes the scheduler's. It, the large one and the guidance
+                scale are built into a distilled model, which takes no others.
             large_timestep: t_b, the large noise scale; None takes the scheduler's.
             guidance_scale: w, the weight of the norm guidance; None takes the scheduler's, 0 is none.
             num_noise_samples: average map and reconstruction over this many noises: slower, steadier.
@@ -181,6 +182,10 @@ class DiffusionADPipeline(DiffusionPipeline):
         """
         # 0. Arguments that are None come from the pipeline's or the scheduler's config.
         config = self.scheduler.config
+        if config.distilled:
+            self._refuse_changes(
+                small_timestep=small_timestep, large_timestep=large_timestep, guidance_scale=guidance_scale
+            )
         small_timestep = config.small_timestep if small_timestep is None else small_timestep
         large_timestep = config.large_timestep if large_timestep is None else large_timestep
         batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
@@ -256,20 +261,21 @@ class DiffusionADPipeline(DiffusionPipeline):
         Args:
             pictures: `[B, 3, H, W]` in [0, 1].
             noises: `[K, 2, B, 3, H, W]`, small scale first; map and reconstruction are the mean over the K.
-            timesteps: `[2]`, (t_s, t_b).
+            timesteps: `[2]`, (t_s, t_b). A distilled network sees the first alone, and its noise.
             guidance_scale: w; None takes the scheduler's.
             callback_on_step_end: as `__call__` takes it.
 
         Returns:
             The anomaly maps `[B, 1, H, W]` and the reconstructions `[B, 3, H, W]`, both in [0, 1].
         """
+        scales = self.scheduler.num_scales
         # [2B], so written that B stays free in an exported graph: len() or repeat_interleave would fix it there.
-        both_timesteps = timesteps[:, None].expand(-1, pictures.shape[0]).flatten()
+        both_timesteps = timesteps[:scales, None].expand(-1, pictures.shape[0]).flatten()
         maps, reconstructions = torch.zeros_like(pictures[:, :1]), torch.zeros_like(pictures)
         for index, noise in enumerate(noises):
             # 1. Noise the pictures at both scales: [2B, 3, H, W], small scale first.
-            both_noises = noise.to(pictures.device, pictures.dtype).flatten(0, 1)
-            noised = self.scheduler.add_noise(torch.cat([pictures, pictures]), both_noises, both_timesteps)
+            both_noises = noise[:scales].to(pictures.device, pictures.dtype).flatten(0, 1)
+            noised = self.scheduler.add_noise(torch.cat([pictures] * scales), both_noises, both_timesteps)
 
             # 2. One call of the UNet for both, and norm guidance. Only the networks run in their own dtype.
             model_output = self.unet(noised.to(self.unet.dtype), both_timesteps).sample.to(pictures.dtype)
@@ -503,6 +509,15 @@ class DiffusionADPipeline(DiffusionPipeline):
             )
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
+
+    def _refuse_changes(self, **settings: Any) -> None:
+        """Raise a ValueError for settings that are not the scheduler's."""
+        for name, value in settings.items():
+            if value is not None and value != self.scheduler.config[name]:
+                raise ValueError(
+                    f"{name}={value} cannot be had of a distilled model: {self.scheduler.config[name]} is built in. "
+                    "Use the model that it was distilled from"
+                )
 
     def round_size(self, size: int, name: str = "size") -> int:
         """The nearest size that the networks can take.

@@ -19,21 +19,22 @@ from .config_values import is_finite, is_whole
 
 @dataclass
 class NormGuidedOneStepSchedulerOutput(BaseOutput):
-    """Output of [`NormGuidedOneStepScheduler.step`]. All are `[B, C, H, W]`.
+    """Output of [`NormGuidedOneStepScheduler.step`]. All are `[B, C, H, W]`; a distilled network has no large scale.
 
     Args:
         prev_sample: the norm-guided reconstruction x̂0_g, clamped when `clip_sample` is set.
         pred_small: the one-step prediction x̂0_s from the small noise scale, not clamped.
-        pred_large: the "norm image" n: the one-step prediction from the large scale, clamped when `clip_sample`.
+        pred_large: the "norm image" n: the one-step prediction from the large scale, clamped when `clip_sample`;
+            or None.
         noised_small: the pictures at the small noise scale x_s, as they were given.
-        noised_large: the pictures at the large noise scale x_b, as they were given.
+        noised_large: the pictures at the large noise scale x_b, as they were given; or None.
     """
 
     prev_sample: torch.Tensor
     pred_small: torch.Tensor
-    pred_large: torch.Tensor
+    pred_large: torch.Tensor | None
     noised_small: torch.Tensor
-    noised_large: torch.Tensor
+    noised_large: torch.Tensor | None
 
 
 class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
@@ -55,6 +56,8 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
         guidance_scale: w, the weight of the norm guidance; 0 leaves the small scale alone.
         clip_sample: clamp the norm image and the result to ±`clip_sample_range`, as the paper does.
         clip_sample_range: half width of that range.
+        distilled: the network was taught by another (`training/train.py --distill`): from the small scale alone it
+            predicts the norm-guided reconstruction, with the scales and the weight above built in. Not in the paper.
 
     Raises:
         ValueError: for an unknown `beta_schedule` or `prediction_type`, and for values outside their ranges.
@@ -77,6 +80,7 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
         guidance_scale: float = 1.0,
         clip_sample: bool = True,
         clip_sample_range: float = 1.0,
+        distilled: bool = False,
     ):
         if prediction_type not in ("epsilon", "sample", "v_prediction"):
             raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, not {prediction_type!r}")
@@ -89,8 +93,9 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
                 f"small_timestep={small_timestep!r} and large_timestep={large_timestep!r} must be whole numbers in "
                 f"order, 0 <= small < large <= {num_train_timesteps - 1}"
             )
-        if not isinstance(clip_sample, bool):
-            raise ValueError(f"clip_sample={clip_sample!r} must be true or false")
+        for name, value in (("clip_sample", clip_sample), ("distilled", distilled)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} must be true or false")
         if not is_finite(guidance_scale) or not is_finite(clip_sample_range) or clip_sample_range <= 0:
             raise ValueError(
                 f"guidance_scale={guidance_scale!r} and clip_sample_range={clip_sample_range!r} must be finite, the "
@@ -117,6 +122,11 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
 
         self.init_noise_sigma = 1.0
         self.timesteps = torch.tensor([small_timestep, large_timestep])
+
+    @property
+    def num_scales(self) -> int:
+        """How many noise scales the network sees of each picture: 2, and 1 when it is distilled."""
+        return 1 if self.config.distilled else 2
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None) -> None:
         """Move `timesteps`, the default pair (small, large), to a device. The pair never changes: one step is all.
@@ -182,9 +192,10 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
         """Join the predictions for both noise scales into one reconstruction.
 
         Args:
-            model_output: the network's output for both scales, `[2B, C, H, W]`, the small scale's B pictures first.
-            timestep: `[2]` (small, large), or `[2B]`, one for each picture and scale.
-            sample: the noised pictures that the network saw, `[2B, C, H, W]`.
+            model_output: the network's output for both scales, `[2B, C, H, W]`, the small scale's B pictures first;
+                `[B, C, H, W]` when distilled.
+            timestep: `[2]` (small, large), or `[2B]`, one for each picture and scale; `[1]` or `[B]` when distilled.
+            sample: the noised pictures that the network saw, of the shape of `model_output`.
             guidance_scale: w; None takes the config's.
             return_dict: False returns a tuple in the order of the output's fields.
 
@@ -192,15 +203,22 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
             [`NormGuidedOneStepSchedulerOutput`].
 
         Raises:
-            ValueError: when the batch does not hold two scales.
+            ValueError: when the batch does not hold the network's scales.
         """
-        if sample.shape[0] % 2 or model_output.shape != sample.shape:
+        scales = self.num_scales
+        if sample.shape[0] % scales or model_output.shape != sample.shape:
+            wanted = "both scales in one batch, [2B, C, H, W]" if scales == 2 else "the small scale alone, [B, C, H, W]"
             raise ValueError(
-                f"step needs both scales in one batch, [2B, C, H, W]: got model_output {tuple(model_output.shape)} "
-                f"and sample {tuple(sample.shape)}"
+                f"step needs {wanted}: got model_output {tuple(model_output.shape)} and sample {tuple(sample.shape)}"
             )
-        if timestep.numel() not in (2, sample.shape[0]):
-            raise ValueError(f"step needs 2 or {sample.shape[0]} timesteps, small scale first, not {timestep.numel()}")
+        if timestep.numel() not in (scales, sample.shape[0]):
+            raise ValueError(
+                f"step needs {scales} or {sample.shape[0]} timesteps, small scale first, not {timestep.numel()}"
+            )
+        if self.config.distilled:  # the network has learned what is below
+            prediction = self.predict_original_sample(model_output, timestep, sample)
+            distilled = (self._clip(prediction), prediction, None, sample, None)
+            return NormGuidedOneStepSchedulerOutput(*distilled) if return_dict else distilled
         weight = self.config.guidance_scale if guidance_scale is None else guidance_scale
 
         # | here           | paper | shape          |                                       |

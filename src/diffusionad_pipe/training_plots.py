@@ -17,18 +17,18 @@ def validation_grid(
     pipeline: DiffusionADPipeline, samples: Sequence[dict[str, torch.Tensor]], result: Validation, columns: int = 8
 ) -> Image.Image:
     """Rows: picture, one-step prediction from the small and from the large scale, guided reconstruction, anomaly map,
-    true mask; at most `columns` samples, evenly chosen."""
+    true mask; at most `columns` samples, evenly chosen. A distilled network makes the reconstruction alone."""
     chosen = torch.linspace(0, len(samples) - 1, min(columns, len(samples))).long().tolist()
     images = torch.stack([samples[index]["images"] for index in chosen]).cpu()
     masks = torch.stack([samples[index]["masks"] for index in chosen]).cpu()
-    # The closed form of the guidance leaves the small prediction alone at w = 0 and the norm image at 1 / (1 − ᾱ_s).
+    rows = [images]
     scheduler = pipeline.scheduler
-    norm_only = 1 / (1 - scheduler.alphas_cumprod[scheduler.config.small_timestep].item())
-    small, large = (
-        pipeline(images, guidance_scale=scale, output_type="pt").reconstructions for scale in (0.0, norm_only)
-    )
-    maps = result.anomaly_maps[chosen].cpu()
-    rows = [images, small.cpu(), large.cpu(), result.reconstructions[chosen].cpu(), maps, masks]
+    if scheduler.num_scales == 2:
+        # The closed form of the guidance leaves the small prediction alone at w = 0, the norm image at 1 / (1 − ᾱ_s).
+        norm_only = 1 / (1 - scheduler.alphas_cumprod[scheduler.config.small_timestep].item())
+        for weight in (0.0, norm_only):
+            rows.append(pipeline(images, guidance_scale=weight, output_type="pt").reconstructions.cpu())
+    rows += [result.reconstructions[chosen].cpu(), result.anomaly_maps[chosen].cpu(), masks]
     grid = torch.cat([torch.cat(list(row.expand(-1, 3, -1, -1)), dim=2) for row in rows], dim=1)[None]
     return DiffusionADImageProcessor().postprocess(grid, "pil")[0]
 
