@@ -1,16 +1,16 @@
 """The benchmark that counts on fake tensors; those that only take time are run by hand."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from script_processes import run_script
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_memory_of_a_step_is_counted_without_taking_it():
-    command = [sys.executable, ROOT / "benchmarks" / "training_step.py", "--memory"]
-    done = subprocess.run([*command, "--resolution", "64", "--batch_size", "2"], capture_output=True, text=True)
+    command = [ROOT / "benchmarks" / "training_step.py", "--memory"]
+    done = run_script([*command, "--resolution", "64", "--batch_size", "2"])
     assert done.returncode == 0, done.stderr
     table = dict(re.findall(r"\| ([\w' ]+) \| ([\d.]+) \| [\d.]+ \|", done.stdout))
     # 160 million parameters of 4 bytes, Adam's two averages of them, and gradients.

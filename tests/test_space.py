@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from script_processes import run_script
 from space_server import APP, EXAMPLES, ROOT, START_SECONDS, environment, free_port, save_model, serve
 
 from diffusionad_pipe import DiffusionADPipeline, open_image
@@ -276,8 +277,7 @@ def test_nothing_is_fetched_for_a_caller(client, tmp_path):
 
 def test_a_port_in_use_is_a_sentence(server, folder, tmp_path):
     port = int(server.rpartition(":")[2])
-    command = [sys.executable, folder / "space" / "app.py"]
-    done = subprocess.run(command, env=environment(tmp_path, port), capture_output=True, text=True, timeout=600)
+    done = run_script([folder / "space" / "app.py"], environment(tmp_path, port))
     assert done.returncode == 1
     assert done.stderr.strip().endswith(f"port {port} is in use: set GRADIO_SERVER_PORT to another one")
 
@@ -302,8 +302,7 @@ def test_the_page_is_there_before_the_model_and_a_damaged_one_ends_it(tmp_path):
 def test_a_model_without_settings_is_a_sentence_at_once(tmp_path, damage):
     model = save_model(tmp_path / "tiny")
     (model / "model_index.json").write_text(damage)
-    variables = environment(tmp_path, free_port(), DIFFUSIONAD_MODEL=str(model))
-    done = subprocess.run([sys.executable, APP], env=variables, capture_output=True, text=True, timeout=600)
+    done = run_script([APP], environment(tmp_path, free_port(), DIFFUSIONAD_MODEL=str(model)))
     assert done.returncode == 1 and "Running on" not in done.stdout
     assert done.stderr.strip().splitlines()[-1].startswith("tiny") and "Traceback" not in done.stderr
 

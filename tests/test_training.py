@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from conftest import HubServer, build_tiny_pipeline
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from script_processes import ScriptProcess, run_ranks, run_script
 
 from diffusionad_pipe import DiffusionADPipeline, SegmentationUNet2DModel, open_image
 
@@ -43,23 +44,26 @@ TINY = {
     "mixed_precision": "no",
     "cpu_threads": 1,
 }
+MODEL_ID = ["--hub_model_id", "user/model"]
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes"]
 
 
-def command(config: Path, output: Path, *flags: str, start: list[str] | None = None) -> list[str]:
-    script = [str(ROOT / "training" / "train.py"), "--config", str(config), "--output_dir", str(output)]
-    return [*(start or [sys.executable]), *script, *flags]
+def command(config: Path, output: Path, *flags: str) -> list[str]:
+    return [str(ROOT / "training" / "train.py"), "--config", str(config), "--output_dir", str(output), *flags]
 
 
-def run(arguments: list[str], limit: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], limits: Mapping[int, int] | None = None) -> subprocess.CompletedProcess[str]:
+    return run_script(arguments, ENVIRONMENT, limits)
+
+
+def launch(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """As a user starts it."""
+    # `--multi_gpu` is accelerate's word for several processes; the environment keeps them on the CPU.
+    several = ["--multi_gpu"] if processes > 1 else []
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *several]
     return subprocess.run(
-        arguments, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False, preexec_fn=limit
+        [*start, *arguments], capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False
     )
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
@@ -93,7 +97,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "whole"
-    result = run(command(config, output, start=[*LAUNCH, "1"]))
+    result = launch(1, command(config, output))
     assert result.returncode == 0, result.stderr
     return output
 
@@ -151,11 +155,11 @@ def test_a_run_starts_from_the_weights_of_a_pipeline_that_fit(trained: Path, con
 
 def test_a_kill_in_the_middle_of_a_save_resumes_bit_exact(trained: Path, config: Path, tmp_path: Path) -> None:
     output = tmp_path / "killed"
-    process = start(command(config, output))
-    wait_for((output / "checkpoint-0000002").exists)
-    wait_for(lambda: any((output / ".checkpoint-writing").glob("*")) or (output / "checkpoint-0000006").exists())
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with ScriptProcess(command(config, output), ENVIRONMENT) as process:
+        wait_for((output / "checkpoint-0000002").exists)
+        wait_for(lambda: any((output / ".checkpoint-writing").glob("*")) or (output / "checkpoint-0000006").exists())
+        process.send_signal(signal.SIGKILL)
+        process.finish()
     result = run(command(config, output, "--resume_from_checkpoint", "latest"))
     assert result.returncode == 0 and "resumed from" in result.stderr, result.stderr
     assert_same_weights(trained, output)
@@ -199,9 +203,8 @@ def test_accumulation_and_processes_equal_one_big_batch(
 ) -> None:
     output = tmp_path / "parts"
     flags = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
-    # `--multi_gpu` is accelerate's word for several processes; the environment keeps them on the CPU.
-    several = ["--multi_gpu"] if processes > 1 else []
-    result = run(command(config, output, *flags, start=[*LAUNCH, str(processes), *several]))
+    arguments = command(config, output, *flags)
+    result = launch(processes, arguments) if processes > 1 else run(arguments)
     assert result.returncode == 0, result.stderr
     for name in ("noise_loss", "mask_loss", "gradient_norm"):
         assert losses(output, name)[0] == pytest.approx(losses(trained, name)[0], rel=1e-5), name
@@ -228,11 +231,12 @@ def test_resuming_another_folders_checkpoint_leaves_a_pipeline(trained: Path, co
 
 def test_sigterm_saves_and_leaves(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "stopped"
-    process = start(command(config, output, "--max_train_steps", "100000", "--checkpointing_steps", "100000"))
-    wait_for((output / "log.jsonl").exists)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM and "go on with --resume_from_checkpoint latest" in errors
+    flags = ["--max_train_steps", "100000", "--checkpointing_steps", "100000"]
+    with ScriptProcess(command(config, output, *flags), ENVIRONMENT) as process:
+        wait_for((output / "log.jsonl").exists)
+        process.send_signal(signal.SIGTERM)
+        result = process.finish()
+    assert result.returncode == 128 + signal.SIGTERM and "go on with --resume_from_checkpoint latest" in result.stderr
     assert len(run_folder.checkpoints(output)) == 1 and run_folder.find_checkpoint(output, "latest")
 
 
@@ -240,13 +244,11 @@ def test_a_signal_to_all_processes_saves_and_leaves(config: Path, tmp_path: Path
     """As systemd and Slurm send it: the workers that make synthetic anomalies get it too."""
     output = tmp_path / "stopped"
     flags = ["--max_train_steps", "100000", "--checkpointing_steps", "100000", "--dataloader_num_workers", "1"]
-    process = subprocess.Popen(
-        command(config, output, *flags), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
-    )
-    wait_for((output / "log.jsonl").exists)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped at step" in errors, errors
+    with ScriptProcess(command(config, output, *flags), ENVIRONMENT, own_session=True) as process:
+        wait_for((output / "log.jsonl").exists)
+        os.killpg(process.pid, signal.SIGTERM)
+        result = process.finish()
+    assert result.returncode == 128 + signal.SIGTERM and "stopped at step" in result.stderr, result.stderr
     assert run_folder.find_checkpoint(output, "latest")
 
 
@@ -255,7 +257,7 @@ def test_ctrl_c_ends_an_upload_that_hangs(config: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         process = subprocess.Popen(
-            command(config, output, "--max_train_steps", "1", "--push_to_hub", "--hub_model_id", "user/model"),
+            [sys.executable, *command(config, output, "--max_train_steps", "1", "--push_to_hub", *MODEL_ID)],
             stderr=subprocess.PIPE,
             text=True,
             env=ENVIRONMENT | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1"},
@@ -280,7 +282,7 @@ def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(config: Pat
 def test_a_full_disk_ends_with_one_sentence_and_keeps_what_was_there(config: Path, tmp_path: Path) -> None:
     """No file may be larger than the segmentation network but smaller than the UNet: writing stops in the middle."""
     output = tmp_path / "full"
-    result = run(command(config, output), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000)))
+    result = run(command(config, output), {resource.RLIMIT_FSIZE: 600_000})
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "free some space and --resume_from_checkpoint latest" in result.stderr
     assert not (output / ".checkpoint-writing").exists() and not run_folder.checkpoints(output)
@@ -311,22 +313,22 @@ def test_a_full_disk_keeps_both_networks_of_the_pipeline_that_was_there(tmp_path
 
 def test_out_of_memory_says_what_to_lower(config: Path, tmp_path: Path) -> None:
     flags = ["--train_batch_size", "3000", "--resolution", "256"]  # their pictures alone take 2.4 GB, twice
-    limit = (6_000_000_000, 6_000_000_000)
-    result = run(command(config, tmp_path / "big", *flags), lambda: resource.setrlimit(resource.RLIMIT_AS, limit))
+    result = run(command(config, tmp_path / "big", *flags), {resource.RLIMIT_AS: 6_000_000_000})
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "out of memory: lower --train_batch_size" in result.stderr
 
 
 def test_a_dead_worker_ends_with_one_sentence(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "worker"
-    process = start(command(config, output, "--max_train_steps", "100000", "--dataloader_num_workers", "1"))
-    wait_for((output / "log.jsonl").exists)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    for child in children.read_text().split():  # the worker, and a tracker of shared memory
-        os.kill(int(child), signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1 and "Traceback" not in errors.splitlines()[-1], errors
-    assert "a worker that makes synthetic anomalies died" in errors and "lower --dataloader_num_workers" in errors
+    flags = ["--max_train_steps", "100000", "--dataloader_num_workers", "1"]
+    with ScriptProcess(command(config, output, *flags), ENVIRONMENT) as process:
+        wait_for((output / "log.jsonl").exists)
+        (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(worker), signal.SIGKILL)
+        result = process.finish()
+    assert result.returncode == 1 and "Traceback" not in result.stderr.splitlines()[-1], result.stderr
+    assert "a worker that makes synthetic anomalies died" in result.stderr
+    assert "lower --dataloader_num_workers" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -350,11 +352,12 @@ def test_tensorboard_gets_losses_and_pictures(config: Path, tmp_path: Path) -> N
 
 def test_a_run_is_pushed_to_the_hub(config: Path, tmp_path: Path, hub_server: HubServer) -> None:
     output = tmp_path / "pushed"
-    flags = ["--max_train_steps", "1", "--push_to_hub", "--hub_model_id", "user/model"]
+    flags = ["--max_train_steps", "1", "--push_to_hub", *MODEL_ID]
     environment = ENVIRONMENT | {"HF_ENDPOINT": hub_server.url, "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1"}
     result = subprocess.run(
-        command(config, output, *flags), capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+        [sys.executable, *command(config, output, *flags)], capture_output=True, text=True, timeout=300,
+        env=environment, check=False,
+    )  # fmt: skip
     assert result.returncode == 0 and "uploaded to user/model" in result.stderr, result.stderr
     pipe = DiffusionADPipeline.from_pretrained("user/model")
     assert pipe.config.image_threshold == DiffusionADPipeline.from_pretrained(output).config.image_threshold
@@ -487,9 +490,8 @@ def test_overwriting_takes_a_run_and_its_pictures(config: Path, trained: Path, t
 
 def test_another_number_of_processes_is_refused(config: Path, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "run")
-    launch = [*LAUNCH, "2", "--multi_gpu"]
-    result = run(command(config, tmp_path / "run", "--resume_from_checkpoint", "latest", start=launch))
-    assert result.returncode == 1 and "written by 1 processes, here are 2" in result.stderr, result.stderr
+    for result in run_ranks(command(config, tmp_path / "run", "--resume_from_checkpoint", "latest"), 2, ENVIRONMENT):
+        assert result.returncode == 1 and "written by 1 processes, here are 2" in result.stderr, result.stderr
 
 
 def test_unreadable_pictures_are_left_out_up_to_a_share(config: Path, tmp_path: Path) -> None:
@@ -521,5 +523,5 @@ def test_parquet_datasets(config: Path, tmp_path: Path, streaming: bool) -> None
 
 
 def test_help_explains() -> None:
-    result = run([sys.executable, str(ROOT / "training" / "train.py"), "--help"])
+    result = run([str(ROOT / "training" / "train.py"), "--help"])
     assert result.returncode == 0 and "share of the good pictures held out" in result.stdout
