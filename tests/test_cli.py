@@ -261,6 +261,11 @@ def test_watching_a_folder(model: Path, folder: Path, tmp_path: Path, ctrl_c: Ca
     output, late, slow = tmp_path / "out", folder / "late.png", folder / "slow.png"
     content = (folder / "a.png").read_bytes()
 
+    def judged() -> set[str]:
+        """By the table, which is written once a round's verdicts are printed: Ctrl-C comes after them."""
+        with open(output / "results.csv", newline="", encoding="utf-8") as file:
+            return {Path(row["path"]).name for row in csv.DictReader(file) if row["score"]}
+
     def bring() -> None:
         late.write_bytes(content)
         with open(slow, "wb") as file:
@@ -268,10 +273,10 @@ def test_watching_a_folder(model: Path, folder: Path, tmp_path: Path, ctrl_c: Ca
                 file.write(content[start : start + 1 + len(content) // 8])
                 file.flush()
                 time.sleep(0.3)
-        wait_for(lambda: count_lines(output) >= 6)
+        wait_for(lambda: judged() >= {"late.png", "slow.png"})
         ctrl_c()
 
-    wait = in_background(lambda: count_lines(output) >= 4, bring)
+    wait = in_background((output / "results.csv").exists, bring)
     result = predict(folder, "--model", model, "--output", output, "--watch")
     wait()
     assert result.exit_code == 0, result.output
