@@ -20,8 +20,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed  ## find the defects in the shipped pictures
 	$(BIN)/diffusionad predict $(PICTURES) --model $(MODEL) --output demo_output --panels --overwrite
 
-test: $(VENV)/installed  ## all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/installed  ## all tests, a file at a time in each of two workers
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 quality: $(VENV)/installed  ## lint and types
 	$(BIN)/ruff check .

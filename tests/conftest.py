@@ -7,6 +7,7 @@ os.environ.pop("HF_ENDPOINT", None)
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"  # tests look for no credentials and send none
+os.environ["OMP_NUM_THREADS"] = "1"  # two workers of pytest-xdist have a core each
 
 import base64  # noqa: E402
 import hashlib  # noqa: E402
@@ -31,6 +32,14 @@ from diffusionad_pipe import (  # noqa: E402
     NormGuidedOneStepScheduler,
     SegmentationUNet2DModel,
 )
+
+# Two workers take file after file: begun last, one of these would keep a single worker busy at the end.
+LONG_FILES = ["test_wheel", "test_training", "test_space", "test_space_browser", "test_export", "test_readme"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: names.get(item.path.stem, len(names)))
 
 
 def randomize(network: nn.Module) -> None:
