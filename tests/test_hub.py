@@ -58,7 +58,9 @@ def test_variant(tiny_pipeline, saved, hub_server, assert_same):
     hub_server.publish(REPO, saved)
     loaded = DiffusionADPipeline.from_pretrained(REPO, variant="fp16", dtype=torch.float16)
     assert hub_server.downloaded == CONFIGS | WEIGHTS_FP16
-    assert_same(half(tiny_pipeline), loaded)
+    expected = half(tiny_pipeline)
+    expected.segmentation.encoder_blocks[0][0].float()  # is computed in float32 whatever the dtype
+    assert_same(expected, loaded)
 
 
 def test_a_network_without_the_variant_uses_its_plain_weights(tiny_pipeline, saved, hub_server):

@@ -10,9 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusionad_pipe import DiffusionADPipeline, SegmentationUNet2DModel
+from diffusionad_pipe import DiffusionADPipeline, SegmentationUNet2DModel, open_image
 from diffusionad_pipe.acceleration import explained_out_of_memory, fastest_dtype
 from diffusionad_pipe.prefetch import prefetched
+
+ROOT = Path(__file__).parents[1]
+HAZELNUT = ROOT / "training" / "data" / "hazelnut_toy" / "hazelnut"
 
 
 def pictures(count: int, size: int = 32) -> list[Image.Image]:
@@ -116,6 +119,19 @@ def test_outputs_can_be_used_for_training(tiny_pipeline: DiffusionADPipeline) ->
     weight = torch.ones(1, requires_grad=True)
     (weight * output.anomaly_maps).sum().backward()
     output.reconstructions.mul_(2)
+
+
+def test_bfloat16_maps_are_close() -> None:
+    """Within 0.02 of float32 at every pixel, which takes a first convolution in float32."""
+    picture = open_image(HAZELNUT / "test" / "colour" / "00.jpg")
+    exact, half, cast = (DiffusionADPipeline.from_pretrained(ROOT / "pretrained" / "hazelnut") for _ in range(3))
+    half.unet.to(torch.bfloat16)
+    half.segmentation.cast(torch.bfloat16)
+    cast.to(torch.bfloat16)
+    assert half.segmentation.dtype == torch.bfloat16 and half.segmentation.input_dtype == torch.float32
+    maps, near, far = (pipe(picture, output_type="pt").anomaly_maps for pipe in (exact, half, cast))
+    assert 0 < (near - maps).abs().max() < 0.02
+    assert (near - maps).abs().mean() < 0.8 * (far - maps).abs().mean()
 
 
 def test_bfloat16_end_to_end(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> None:

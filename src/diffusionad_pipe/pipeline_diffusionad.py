@@ -286,7 +286,8 @@ class DiffusionADPipeline(DiffusionPipeline):
 
             # 3. Compare the pictures with their reconstructions.
             pairs = torch.cat([pictures, guided], dim=1)  # [B, 6, H, W]
-            logits = self.segmentation(pairs.to(self.segmentation.dtype)).logits.to(pictures.dtype)
+            pairs = pairs.to(getattr(self.segmentation, "input_dtype", self.segmentation.dtype))
+            logits = self.segmentation(pairs).logits.to(pictures.dtype)
             if logits.shape[-2:] != pictures.shape[-2:]:  # a SegFormer answers at a quarter of the size
                 logits = F.interpolate(logits, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
             # An infinite logit is an overflow, no certainty: as NaN it is refused, and not taken for a good pixel.
