@@ -120,7 +120,7 @@ class SegmentationUNet2DModel(ModelMixin, ConfigMixin):
     @property
     def input_dtype(self) -> torch.dtype:
         """What the network takes: the dtype of its first convolution."""
-        return self.encoder_blocks[0][0].weight.dtype
+        return next(self.encoder_blocks[0].parameters()).dtype
 
     @property
     def size_divisor(self) -> int:
@@ -158,9 +158,9 @@ class SegmentationUNet2DModel(ModelMixin, ConfigMixin):
         Returns:
             [`SegmentationUNet2DOutput`] with logits `[B, out_channels, H, W]`.
         """
-        first, second = self.encoder_blocks[0][0], self.encoder_blocks[0][3]
-        sample = first(sample.to(first.weight.dtype)).to(second.weight.dtype)
-        skips = [self._run(self.encoder_blocks[0][1:], sample)]
+        block: Any = self.encoder_blocks[0]
+        sample = block[0](sample.to(self.input_dtype)).to(self.conv_out.weight.dtype)
+        skips = [self._run(block[1:], sample)]
         for block in self.encoder_blocks[1:]:
             skips.append(self._run(block, self.pool(skips[-1])))  # [B, width, H / 2**level, W / 2**level]
         sample = skips.pop()
