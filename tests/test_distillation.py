@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 import yaml
 from conftest import build_tiny_pipeline
 from PIL import Image
+from script_processes import run_script
 
 from diffusionad_pipe import DiffusionADPipeline, NormGuidedOneStepScheduler, open_image
 from diffusionad_pipe.export import export_detector
@@ -132,11 +132,8 @@ def test_train_distill(student: DiffusionADPipeline, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
 
     def train(*flags: str) -> subprocess.CompletedProcess[str]:
-        script = [str(ROOT / "training" / "train.py"), "--config", str(tmp_path / "tiny.yaml")]
-        return subprocess.run(
-            [sys.executable, *script, "--output_dir", str(tmp_path / "run"), *flags],
-            capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"ACCELERATE_USE_CPU": "1"},
-        )  # fmt: skip
+        arguments = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / "run", *flags]
+        return run_script([ROOT / "training" / "train.py", *arguments], os.environ | {"ACCELERATE_USE_CPU": "1"})
 
     result = train("--distill", str(tmp_path / "teacher"))
     assert result.returncode == 0, result.stderr

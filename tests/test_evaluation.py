@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from script_processes import run_ranks, run_script
 from typer.testing import CliRunner
 
 from diffusionad_pipe import DiffusionADPipeline, open_image
@@ -24,6 +25,7 @@ from diffusionad_pipe.metrics import evaluate_maps, mean_metrics
 from diffusionad_pipe.results_table import markdown_table, published_rows
 
 SCRIPT = Path(__file__).parents[1] / "training" / "evaluate.py"
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -164,18 +166,16 @@ for name in ("few", "many"):
 
 
 def test_processes_share_the_work_and_agree(model: Path, data: Path, tmp_path: Path) -> None:
-    tables = []
-    for count, name in ((1, "one"), (2, "two")):
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(count)]
-        launch += ["--multi_gpu"] if count > 1 else []
-        arguments = ["--model", str(model), "--data", str(data), "--output", str(tmp_path / name), "--batch_size", "2"]
-        subprocess.run(
-            [*launch, str(SCRIPT), *arguments, "--no-report"],
-            check=True, capture_output=True, timeout=300,
-            env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        tables.append([(tmp_path / name / table).read_text() for table in ("results.md", "results.csv", "scores.csv")])
-    assert tables[0] == tables[1]
+    arguments = ["--model", str(model), "--data", str(data), "--batch_size", "2", "--no-report", "--output"]
+    one = run_script([SCRIPT, *arguments, tmp_path / "one"], ENVIRONMENT)
+    assert one.returncode == 0, one.stderr
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
+    subprocess.run(
+        [*launch, str(SCRIPT), *arguments, str(tmp_path / "two")],
+        check=True, capture_output=True, timeout=300, env=ENVIRONMENT,
+    )  # fmt: skip
+    for table in ("results.md", "results.csv", "scores.csv"):
+        assert (tmp_path / "one" / table).read_text() == (tmp_path / "two" / table).read_text()
 
 
 def test_processes_share_the_work_of_the_function(model: Path, data: Path, tmp_path: Path) -> None:
@@ -187,15 +187,10 @@ def test_processes_share_the_work_of_the_function(model: Path, data: Path, tmp_p
         "results = evaluate(*sys.argv[1:4], batch_size=2)\n"
         "print('results', len(results), *(result.metrics['image_auroc'] for result in results))\n"
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
-    done = subprocess.run(
-        [*launch, str(script), str(model), str(data), str(tmp_path / "two")],
-        capture_output=True, text=True, timeout=300,
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ranks = run_ranks([script, model, data, tmp_path / "two"], 2, ENVIRONMENT)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
     (one,) = evaluate(model, data, tmp_path / "one", batch_size=2)
-    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("results"))
+    lines = sorted(line for rank in ranks for line in rank.stdout.splitlines() if line.startswith("results"))
     assert lines == ["results 0", f"results 1 {one.metrics['image_auroc']}"]
 
 

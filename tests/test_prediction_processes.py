@@ -3,6 +3,7 @@ and what it says when memory is short."""
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from datasets import load_dataset
 from PIL import Image
+from script_processes import run_ranks, run_script
 from typer.testing import CliRunner
 
 from diffusionad_pipe import DiffusionADPipeline
@@ -22,12 +24,20 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_g
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 
 
-def predict(output: Path, *arguments: object, launch: bool) -> subprocess.CompletedProcess[str]:
-    start = LAUNCH if launch else ["-m", "diffusionad_pipe.cli"]
+def launch(output: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """As a user starts it."""
     return subprocess.run(
-        [sys.executable, *start, "predict", *map(str, arguments), "--output", str(output), "--batch-size", "2"],
+        [sys.executable, *LAUNCH, "predict", *map(str, arguments), "--output", str(output), "--batch-size", "2"],
         capture_output=True, text=True, timeout=600, env=ENVIRONMENT,
     )  # fmt: skip
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """What the command `diffusionad` is."""
+    path = tmp_path / "diffusionad.py"
+    path.write_text("from diffusionad_pipe.cli import app\napp()\n")
+    return path
 
 
 def table(output: Path) -> list[dict]:
@@ -63,7 +73,7 @@ def test_two_processes_give_the_table_of_one(model: Path, pictures: Path, tmp_pa
     # An earlier run was interrupted after a picture in the middle.
     CliRunner().invoke(app, [*arguments, str(two), str(pictures / "4.png")])
     written = (two / "4.png").stat().st_mtime_ns
-    done = predict(two, pictures, "--model", model, "--parquet", launch=True)
+    done = launch(two, pictures, "--model", model, "--parquet")
     assert "1 of 10 pictures were judged before" in done.stdout and done.stdout.count("9 judged") == 1, done.stderr
     assert done.stdout.count("HTML page") == 1
     assert done.returncode == 1 and "exitcode  : 1" in done.stderr
@@ -85,16 +95,19 @@ def test_two_processes_give_the_table_of_one(model: Path, pictures: Path, tmp_pa
     assert len(list(two.glob("*.jsonl"))) == 1
 
 
-def test_two_processes_are_bit_identical_to_one_on_a_dataset(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_two_processes_are_bit_identical_to_one_on_a_dataset(
+    model: Path, pictures: Path, script: Path, tmp_path: Path
+) -> None:
     datasets = pytest.importorskip("datasets")
     files = [{"image": {"bytes": (pictures / f"{index}.png").read_bytes(), "path": None}} for index in range(7)]
     rows = datasets.Dataset.from_list(files).cast_column("image", datasets.Image())
     rows.to_parquet(tmp_path / "rows.parquet")
     tables = []
-    for launch in (False, True):
-        output = tmp_path / f"out_{launch}"
-        done = predict(output, "--dataset", tmp_path / "rows.parquet", "--model", model, launch=launch)
-        assert done.returncode == 0, done.stderr
+    for count in (1, 2):
+        output = tmp_path / f"out_{count}"
+        arguments = ["predict", "--dataset", tmp_path / "rows.parquet", "--model", model, "--output", output]
+        for done in run_ranks([script, *arguments, "--batch-size", "2"], count, ENVIRONMENT):
+            assert done.returncode == 0, done.stderr
         tables.append(table(output))
     assert tables[0] == tables[1] and len(tables[0]) == 7
 
@@ -133,25 +146,17 @@ def test_even_shares() -> None:
 
 
 def test_watching_takes_one_process(model: Path, pictures: Path, tmp_path: Path) -> None:
-    done = predict(tmp_path / "out", pictures, "--model", model, "--watch", launch=True)
+    done = launch(tmp_path / "out", pictures, "--model", model, "--watch")
     assert "--watch is for one process" in done.stderr
     assert done.returncode == 1 and "exitcode  : 2" in done.stderr  # accelerate knows no other failure than 1
     assert not (tmp_path / "out").exists()
 
 
 def test_running_out_of_memory_names_the_batch_size(
-    tiny_pipeline: DiffusionADPipeline, pictures: Path, tmp_path: Path
+    tiny_pipeline: DiffusionADPipeline, pictures: Path, script: Path, tmp_path: Path
 ) -> None:
     tiny_pipeline.register_to_config(image_size=8192)
     tiny_pipeline.save_pretrained(tmp_path / "huge")
-    script = """
-import resource, sys
-from diffusionad_pipe.cli import app
-resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
-app(sys.argv[1:])
-"""
-    arguments = ["predict", str(pictures), "--model", str(tmp_path / "huge"), "--output", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=600, env=ENVIRONMENT
-    )
+    arguments = ["predict", pictures, "--model", tmp_path / "huge", "--output", tmp_path / "out"]
+    done = run_script([script, *arguments], ENVIRONMENT, {resource.RLIMIT_AS: 6 * 2**30})
     assert done.returncode == 1 and "out of memory with --batch-size 8: use a lower" in done.stderr, done.stderr
