@@ -9,7 +9,8 @@ A picture is a tensor of the networks' size; what is timed ends with its map and
 - the same in inference mode;
 - iterative denoising with the same UNet in inference mode, 50 and 1000 steps. `--measured_steps` of them are run and
   the time is scaled up, which the table says: all steps cost the same;
-- the pipeline, in float32 and bfloat16, with the memory layout channels_last, with batch norm folded, and, with
+- the pipeline, in float32 and bfloat16, with the memory layout channels_last, with batch norm folded, distilled into one
+  call of the UNet (`training/train.py --distill`; here the same networks, which are as fast as a student's), and, with
   `--compile`, compiled.
 
 All are timed in turns, A B C A B C; given are medians, and the fastest and the slowest round. The peak is that of a
@@ -41,7 +42,7 @@ from measure import (
     write_json,
 )
 
-from diffusionad_pipe import DiffusionADPipeline
+from diffusionad_pipe import DiffusionADPipeline, NormGuidedOneStepScheduler
 
 AUTHORS, INFERENCE_MODE = "authors' way", "the same in inference mode"
 
@@ -74,13 +75,20 @@ def iterative(pipe: DiffusionADPipeline, pictures: torch.Tensor, steps: int) -> 
 def variants(pipe: DiffusionADPipeline, with_compile: bool) -> dict[str, DiffusionADPipeline]:
     """The pipeline in every form that may be faster."""
 
-    def variant(dtype: torch.dtype, fold: bool = False, channels_last: bool = False) -> DiffusionADPipeline:
+    def variant(
+        dtype: torch.dtype, fold: bool = False, channels_last: bool = False, distilled: bool = False
+    ) -> DiffusionADPipeline:
         changed = copy(pipe)
         changed.register_modules(unet=deepcopy(pipe.unet), segmentation=deepcopy(pipe.segmentation))
         if fold:
             changed.fold_batch_norm()
-        for network in (changed.unet, changed.segmentation):
-            network.to(dtype=dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        if distilled:
+            config = pipe.scheduler.config
+            scheduler = NormGuidedOneStepScheduler.from_config(config, prediction_type="sample", distilled=True)
+            changed.register_modules(scheduler=scheduler)
+        layout = torch.channels_last if channels_last else torch.preserve_format
+        changed.unet.to(dtype=dtype, memory_format=layout)
+        changed.segmentation.cast(dtype).to(memory_format=layout)
         return changed
 
     found = {
@@ -88,6 +96,7 @@ def variants(pipe: DiffusionADPipeline, with_compile: bool) -> dict[str, Diffusi
         "float32, channels_last": variant(torch.float32, channels_last=True),
         "bfloat16": variant(torch.bfloat16),
         "bfloat16, channels_last": variant(torch.bfloat16, channels_last=True),
+        "bfloat16, channels_last, distilled": variant(torch.bfloat16, channels_last=True, distilled=True),
     }
     if getattr(pipe.segmentation.config, "norm_type", None) == "batch":
         found["bfloat16, folded"] = variant(torch.bfloat16, fold=True)
@@ -112,11 +121,12 @@ def time_networks(
     Args:
         pipe: in float32 and not compiled, to count with.
         pipes: the forms.
-        batch_sizes: pictures; the UNet sees each at two noise scales.
+        batch_sizes: pictures; the UNet sees each at two noise scales, a distilled one at one: its row is left out.
         rounds: of each.
         side: of the matrices that the peak is measured with.
     """
     device, size = pipe.device, pipe.config.image_size
+    pipes = {name: form for name, form in pipes.items() if form.scheduler.num_scales == 2}
     methods: dict[str, Callable[[], object]] = {}
     rows: list[dict[str, Any]] = []
     for batch_size in batch_sizes:
@@ -130,7 +140,8 @@ def time_networks(
             for form, changed in pipes.items():
                 module = getattr(changed, part)
                 rows.append({"network": network, "batch": batch_size, "form": form, "flops": flops})
-                methods[f"{network}|{batch_size}|{form}"] = partial(module, pictures.to(module.dtype), *timestep)
+                pictures = pictures.to(getattr(module, "input_dtype", module.dtype))
+                methods[f"{network}|{batch_size}|{form}"] = partial(module, pictures, *timestep)
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
     with torch.inference_mode():
@@ -166,6 +177,8 @@ def main() -> None:
 
     device = PartialState().device
     pipe = load_model(arguments.model, device)
+    if pipe.scheduler.config.distilled:
+        parser.error("--model is distilled: give its teacher, which all forms are made of")
     size = pipe.config.image_size
     pictures = torch.rand(max([1, *arguments.batch_sizes]), 3, size, size, generator=torch.Generator().manual_seed(0))
     on_device = pictures[:1].to(device)

@@ -194,7 +194,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float
         torch.manual_seed(0)
         unet, segmentation, scheduler = build_networks(config)
         randomize(unet)
-        networks = unet.to(dtype).eval(), segmentation.to(dtype).eval()
+        networks = unet.to(dtype).eval(), segmentation.cast(dtype).eval()
         pipe = DiffusionADPipeline(*networks, scheduler, image_size=config.resolution)
     else:
         pipe = DiffusionADPipeline.from_pretrained(name, dtype=dtype)
