@@ -9,9 +9,9 @@ A picture is a tensor of the networks' size; what is timed ends with its map and
 - the same in inference mode;
 - iterative denoising with the same UNet in inference mode, 50 and 1000 steps. `--measured_steps` of them are run and
   the time is scaled up, which the table says: all steps cost the same;
-- the pipeline, in float32 and bfloat16, with the memory layout channels_last, with batch norm folded, distilled into one
-  call of the UNet (`training/train.py --distill`; here the same networks, which are as fast as a student's), and, with
-  `--compile`, compiled.
+- the pipeline, in float32 and bfloat16, with the memory layout channels_last, with batch norm folded, distilled into
+  one call of the UNet (`training/train.py --distill`; here with the same networks, as fast as a student's), and,
+  with `--compile`, compiled.
 
 All are timed in turns, A B C A B C; given are medians, and the fastest and the slowest round. The peak is that of a
 product of two large matrices, measured in the same run; shares of it count the convolutions and matrix products of each
