@@ -64,10 +64,10 @@ def accuracy(outputs: list[Any], test: TestPictures, chosen: range) -> dict[str,
 
 
 def flops_of_a_picture(pipe: DiffusionADPipeline) -> int:
-    """Of both UNet passes and the segmentation network."""
-    size = pipe.config.image_size
+    """Of the UNet's passes and the segmentation network."""
+    size, scales = pipe.config.image_size, pipe.scheduler.num_scales
     noised, pair = (
-        torch.zeros(count, channels, size, size, device=pipe.device) for count, channels in ((2, 3), (1, 6))
+        torch.zeros(count, channels, size, size, device=pipe.device) for count, channels in ((scales, 3), (1, 6))
     )
     return count_flops(lambda: pipe.unet(noised, 200)) + count_flops(lambda: pipe.segmentation(pair))
 

@@ -273,7 +273,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         both_timesteps = timesteps[:scales, None].expand(-1, pictures.shape[0]).flatten()
         maps, reconstructions = torch.zeros_like(pictures[:, :1]), torch.zeros_like(pictures)
         for index, noise in enumerate(noises):
-            # 1. Noise the pictures at both scales: [2B, 3, H, W], small scale first.
+            # 1. Noise the pictures at both scales: [2B, 3, H, W], small scale first. (B for 2B when distilled.)
             both_noises = noise[:scales].to(pictures.device, pictures.dtype).flatten(0, 1)
             noised = self.scheduler.add_noise(torch.cat([pictures] * scales), both_noises, both_timesteps)
 
