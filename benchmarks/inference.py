@@ -88,7 +88,7 @@ def variants(pipe: DiffusionADPipeline, with_compile: bool) -> dict[str, Diffusi
             changed.register_modules(scheduler=scheduler)
         layout = torch.channels_last if channels_last else torch.preserve_format
         changed.unet.to(dtype=dtype, memory_format=layout)
-        changed.segmentation.cast(dtype).to(memory_format=layout)
+        getattr(changed.segmentation, "cast", changed.segmentation.to)(dtype).to(memory_format=layout)
         return changed
 
     found = {

@@ -60,6 +60,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     pipe = DiffusionADPipeline.from_pretrained(arguments.model).to(PartialState().device)
+    if pipe.scheduler.config.distilled:
+        parser.error(f"{arguments.model} is distilled: give its teacher, whose steps are compared")
     size = pipe.config.image_size
     files = find_images(arguments.pictures)[: arguments.count]
     pictures, _ = pipe.image_processor.preprocess([open_image(file) for file in files], size, size)

@@ -7,7 +7,8 @@ os.environ.pop("HF_ENDPOINT", None)
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"  # tests look for no credentials and send none
-os.environ["OMP_NUM_THREADS"] = "1"  # two workers of pytest-xdist have a core each
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # two workers have a core each
 
 import base64  # noqa: E402
 import hashlib  # noqa: E402

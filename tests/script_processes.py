@@ -1,7 +1,8 @@
 """Scripts in processes of their own, as `subprocess` runs them, but forked from one that has imported torch before.
 
 A new Python takes several seconds for that, most of what a test of a command would take. What must begin with nothing
-imported (a command as a user starts it, settings that an import reads) is for `subprocess`.
+imported (a command as a user starts it, settings that an import reads) or end as Python does (`atexit`, the exit code
+of a Ctrl-C that nobody caught) is for `subprocess`.
 """
 
 import multiprocessing
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 
@@ -52,12 +54,12 @@ class ScriptProcess:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def finish(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Wait for its end; then what it returned, and what it has written."""
         self.process.join(timeout)
         written = [file.read() for file in self.outputs]
         if self.process.exitcode is None:
-            raise subprocess.TimeoutExpired(self.arguments, timeout, *written)
+            raise subprocess.TimeoutExpired([*self.arguments, written[1][-2000:]], timeout, *written)
         return subprocess.CompletedProcess(self.arguments, self.process.exitcode, *written)
 
     def __enter__(self) -> "ScriptProcess":
@@ -83,7 +85,10 @@ def run_script(
 def run_ranks(
     arguments: Sequence[object], count: int, environment: Mapping[str, str]
 ) -> list[subprocess.CompletedProcess[str]]:
-    """The script in several processes that know each other, as `accelerate launch` starts them on one machine."""
+    """The script in several processes that know each other, as `accelerate launch` starts them on one machine.
+
+    When one fails, the others, who may wait for it, get a minute more.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -93,7 +98,11 @@ def run_ranks(
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             variables = dict(environment) | together | {name: str(number) for name, number in own.items()}
             ranks.append(stack.enter_context(ScriptProcess(arguments, variables)))
-        return [process.finish() for process in ranks]
+        running = {process.process.sentinel: process for process in ranks}
+        while running and not any(process.process.exitcode for process in ranks):
+            for sentinel in wait(list(running), timeout=300) or list(running):
+                running.pop(sentinel).process.join(0)
+        return [process.finish(60) for process in ranks]
 
 
 def _run(

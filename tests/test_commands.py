@@ -103,6 +103,18 @@ def test_what_a_run_was_begun_with_is_named(trained: Path) -> None:
         assert f"the weights of `{'user/nuts' if on_the_hub else 'screw'}`" in card.text
 
 
+def test_the_card_of_a_student_names_its_teacher(trained: Path) -> None:
+    config = yaml.safe_load((trained / "training_config.yaml").read_text())
+    config |= {"distill": "user/teacher", "licence_note": None, "soft_edge_probability": 0.5}
+    write_model_card(
+        trained, config, picture_count=28, held_out_count=4, best_step=2, hours=0, hardware="", validation={}
+    )
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.base_model == "user/teacher" and "| taught by | `user/teacher`" in card.text
+    assert "and of the model that taught them" in card.text and "50 % with soft edges" in card.text
+    assert "the picture,\nthe reconstruction, the anomaly map" in card.text
+
+
 def clean_environment(hub_server: HubServer, home: Path) -> dict[str, str]:
     """That of somebody who has never loaded anything."""
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS") if name in os.environ}

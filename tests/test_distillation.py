@@ -147,5 +147,9 @@ def test_train_distill(student: DiffusionADPipeline, tmp_path: Path) -> None:
     student.save_pretrained(tmp_path / "student")
     result = train("--distill", str(tmp_path / "student"), "--overwrite")
     assert result.returncode == 1 and "student is distilled itself" in result.stderr
+    result = train("--distill", str(tmp_path / "teacher"), "--resolution", "64", "--overwrite")
+    assert result.returncode == 1 and "teacher works at 32 pixels and this run at 64" in result.stderr
+    result = train("--distill", str(tmp_path / "teacher"), "--large_timestep", "300")
+    assert result.returncode == 2 and "takes these from the teacher: large_timestep" in result.stderr
     result = train("--distill", str(tmp_path / "teacher"), "--prediction_type", "epsilon")
     assert result.returncode == 2 and "--distill needs --prediction_type sample" in result.stderr

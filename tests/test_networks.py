@@ -1,5 +1,7 @@
 """Both networks by themselves; their agreement with the authors' is in test_reference.py."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -96,6 +98,31 @@ def test_segmentation(norm_type: str) -> None:
     network = SegmentationUNet2DModel(base_channels=8, norm_type=norm_type).eval()
     assert network(torch.rand(2, 6, 32, 64)).logits.shape == (2, 1, 32, 64)
     assert network.size_divisor == 32
+
+
+def test_the_first_convolution_stays_float32(tmp_path: Path) -> None:
+    """However the network is loaded, folded or stored, and with hooks on its blocks as before."""
+    SegmentationUNet2DModel(base_channels=4).save_pretrained(tmp_path)
+    image = torch.rand(1, 6, 32, 32)
+    loaded = SegmentationUNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, low_cpu_mem_usage=False)
+    other, info = SegmentationUNet2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    assert not info["missing_keys"] and torch.equal(loaded(image).logits, other(image).logits)
+    for network in (loaded, loaded.fold_batch_norm()):
+        assert network.dtype == torch.bfloat16 and network.input_dtype == torch.float32
+        assert {parameter.dtype for parameter in network.encoder_blocks[1].parameters()} == {torch.bfloat16}
+        assert network(image).logits.dtype == torch.bfloat16
+    assert SegmentationUNet2DModel.from_pretrained(tmp_path).cast(torch.bfloat16).float().dtype == torch.float32
+
+    called = []
+    for block in loaded.encoder_blocks:
+        block.register_forward_pre_hook(lambda block, inputs: called.append(block))
+    loaded(image)
+    assert called == list(loaded.encoder_blocks)
+
+    stored = SegmentationUNet2DModel.from_pretrained(tmp_path)
+    exact = stored(image).logits
+    stored.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    torch.testing.assert_close(stored(image).logits.float(), exact, rtol=0, atol=0.2)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,16 @@ def test_a_run_that_takes_too_long_is_stopped(tiny_pipeline, tmp_path, monkeypat
         run_model(tiny_pipeline, "tiny", str(tmp_path / "grey.png"), "grey.png", SETTINGS)
 
 
+def test_a_distilled_model_has_no_large_scale(tiny_pipeline):
+    scheduler = type(tiny_pipeline.scheduler)(prediction_type="sample", distilled=True)
+    tiny_pipeline.register_modules(scheduler=scheduler)
+    example = next((Path(__file__).parents[1] / "training/data/hazelnut_toy/hazelnut/test/colour").iterdir())
+    steps = run_model(tiny_pipeline, "tiny", str(example), "example", SETTINGS).steps
+    assert [step is None for step in steps] == [False, True, False, True, False]
+    with pytest.raises(ValueError, match="guidance_scale=2.0 cannot be had of a distilled model"):
+        run_model(tiny_pipeline, "tiny", str(example), "example", SETTINGS._replace(guidance_scale=2.0))
+
+
 def test_a_chosen_region_is_framed_and_small_ones_are_seen(tiny_pipeline, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (1000, 1600, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "large.png")

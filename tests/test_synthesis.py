@@ -214,6 +214,14 @@ def test_softened_edges_stay_in_the_foreground() -> None:
         torch.testing.assert_close(alone, softened[i], rtol=0, atol=1e-6)
 
 
+def test_softened_masks_are_no_stronger_than_the_matte() -> None:
+    mattes = torch.full((20, 1, 64, 64), 0.3)
+    masks = perlin_masks(mattes, generators(20))
+    softened = soften_edges(masks, mattes, generators(20), 1.0)
+    torch.testing.assert_close(softened.amax((1, 2, 3)), torch.full((20,), 0.3))
+    assert (softened[softened > 0] >= 0.3 / 255).all() and (softened == 0).any()
+
+
 def test_soft_edges_are_composed_like_hard_ones() -> None:
     """And a probability of 0 leaves the paper's draws as they are."""
     images, mattes = torch.zeros(40, 3, 64, 64), torch.ones(40, 1, 64, 64)

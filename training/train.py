@@ -85,7 +85,7 @@ def main(config: TrainingConfig) -> int:
         log_with=config.report_to,
         project_dir=config.output_dir,
         # The others wait while one process validates, and ten minutes may be too few for that.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     logging.basicConfig(
         format="%(asctime)s %(message)s",
@@ -112,7 +112,7 @@ def main(config: TrainingConfig) -> int:
 
     # 1. Networks from the seed, and pictures
     set_seed(config.seed)
-    teacher = load_teacher(config.distill, config.mixed_precision, accelerator.device) if config.distill else None
+    teacher = load_teacher(config, accelerator.device) if config.distill else None
     unet, segmentation, scheduler = build_networks(config, teacher)
     if source := config.pretrained_model_name_or_path or config.distill:
         start_from_pretrained({"unet": unet, "segmentation": segmentation}, source)

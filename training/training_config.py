@@ -60,7 +60,7 @@ class TrainingConfig:
     small_timestep: int = 200  # noise scales at inference
     large_timestep: int = 400
     guidance_scale: float = 1.0
-    distill: str | None = None  # a trained pipeline, Hub id or folder, to be learned by a UNet that is called once
+    distill: str | None = None  # teacher, Hub id or folder: its scales and guidance, in one UNet call a picture
     restore_anomalies: bool = False  # the UNet also learns what was below a synthetic anomaly; the paper: no
     timestep_boundary: int = 300  # training: small scale below, large scale from here on
     timestep_maximum: int = 1000  # training: end of the large scale
@@ -112,6 +112,9 @@ CHOICES = {
     "mixed_precision": ("no", "fp16", "bf16"),
     "save_dtype": ("fp32", "fp16", "bf16"),
 }
+
+# What a student takes from its teacher.
+TEACHERS_SETTINGS = "small_timestep", "large_timestep", "guidance_scale", "timestep_boundary", "timestep_maximum"
 
 # Settings that may differ between a run and its resumption: they do not change what comes out.
 BOOKKEEPING = {
@@ -178,6 +181,9 @@ def parse_arguments(arguments: list[str], description: str | None) -> TrainingCo
             "--distill needs --prediction_type sample and no --restore_anomalies: its UNet learns to predict what the "
             "teacher rebuilds"
         )
+    built_in = [name for name in TEACHERS_SETTINGS if getattr(config, name) != getattr(TrainingConfig, name)]
+    if config.distill and built_in:
+        parser.error(f"--distill takes these from the teacher: {', '.join(built_in)}; leave them out")
     if not config.train_data_dir and not config.dataset_name:
         parser.error("--train_data_dir (or --dataset_name) is needed: the folder with pictures of good parts")
     return config
@@ -185,11 +191,13 @@ def parse_arguments(arguments: list[str], description: str | None) -> TrainingCo
 
 def changed_settings(config: TrainingConfig, stored: dict[str, typing.Any]) -> list[str]:
     """Sentences on the settings of a stored run that differ and change what comes out."""
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
+    stored = to_plain(TrainingConfig(**{name: stored.get(name, default) for name, default in defaults.items()}))
     now = to_plain(config)
     return [
         f"{name}: {stored[name]!r} then, {now[name]!r} now"
         for name in now
-        if name in stored and name not in BOOKKEEPING and stored[name] != now[name]
+        if name not in BOOKKEEPING and stored[name] != now[name]
     ]
 
 

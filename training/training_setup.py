@@ -22,8 +22,6 @@ from diffusionad_pipe.unet_2d_diffusionad import ATTENTION_SIZES
 
 logger = logging.getLogger("train")
 
-TEACHER_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 def build_networks(
     config: TrainingConfig, teacher: DiffusionADPipeline | None = None
@@ -69,15 +67,25 @@ def start_from_pretrained(networks: dict[str, torch.nn.Module], source: str) -> 
         logger.info("%s: %d of %d weights start from %s", name, len(fitting), len(state), source)
 
 
-def load_teacher(source: str, mixed_precision: str, device: torch.device) -> DiffusionADPipeline:
-    """The pipeline of --distill, in the precision of the run.
+def load_teacher(config: TrainingConfig, device: torch.device) -> DiffusionADPipeline:
+    """The pipeline of --distill, its UNet in bfloat16 where the run is.
 
     Raises:
-        ValueError: when it is distilled itself and has no two scales to teach, or cannot be loaded.
+        ValueError: when it is distilled itself and has no two scales to teach, when it works at another size, or when
+            it cannot be loaded.
     """
-    teacher = DiffusionADPipeline.from_pretrained(source, dtype=TEACHER_DTYPES[mixed_precision]).to(device)
+    # Weights in float16 might overflow; under autocast those in float32 are as fast.
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    teacher = DiffusionADPipeline.from_pretrained(config.distill, dtype=dtype)
     if teacher.scheduler.config.distilled:
-        raise ValueError(f"--distill {source} is distilled itself: give the model that it was distilled from")
+        raise ValueError(f"--distill {config.distill} is distilled itself: give the model that it was distilled from")
+    size = config.resize_to or config.resolution
+    if teacher.config.image_size != size:
+        raise ValueError(
+            f"--distill {config.distill} works at {teacher.config.image_size} pixels and this run at {size}: it would "
+            f"teach what it has not learned; use --resolution {teacher.config.image_size}"
+        )
+    teacher.unet.to(device)
     return teacher
 
 

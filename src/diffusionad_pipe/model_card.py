@@ -55,7 +55,8 @@ def write_model_card(
     index = _read_index(folder)
     dataset, samples = config["dataset_name"], f"samples/step-{best_step:07d}.png"
     on_the_hub = dataset is not None and not Path(dataset).exists()
-    base = config.get("pretrained_model_name_or_path")
+    teacher = config.get("distill")
+    base = config.get("pretrained_model_name_or_path") or teacher
     base_on_the_hub = base is not None and not Path(base).exists()
     card = _fill(
         folder,
@@ -69,6 +70,7 @@ def write_model_card(
         training_data=config["dataset_title"]
         or (dataset if on_the_hub else Path(config["train_data_dir"] or dataset).name),
         base=base if base is None or base_on_the_hub else Path(base).name,
+        teacher=teacher if teacher is None or not Path(teacher).exists() else Path(teacher).absolute().name,
         training_pictures=picture_count - held_out_count,
         held_out_pictures=held_out_count,
         config=config,
@@ -84,7 +86,9 @@ def write_model_card(
             held_out_count,
             config["false_positive_rate"],
         ),
-        licence_note=config["licence_note"] or "The weights are under the licence of their training pictures.",
+        licence_note=config["licence_note"]
+        or "The weights are under the licence of their training pictures"
+        + (", and of the model that taught them." if teacher else "."),
     )
     _save(folder, card)
 

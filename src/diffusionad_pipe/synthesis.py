@@ -94,7 +94,7 @@ def perlin_masks(foregrounds: torch.Tensor, generators: Generators) -> torch.Ten
 def soften_edges(
     masks: torch.Tensor, foregrounds: torch.Tensor, generators: Generators, probability: float
 ) -> torch.Tensor:
-    """Blur some masks by a Gaussian of random width, inside the foreground and up to 1 again. Not in the paper.
+    """Blur the edges of some masks by a Gaussian of random width, inside the foreground. Not in the paper.
 
     Perlin masks have edges as sharp as a knife's, which tell a pasted texture however faint it is. Stains, frays and
     shades have none.
@@ -113,11 +113,13 @@ def soften_edges(
         return masks
     widest = MAX_SOFTENING * min(masks.shape[-2:])
     sigma = uniform(min(0.5, widest), widest, [generators[i] for i in chosen], 1).expand(-1, 2).to(masks)
-    blurred = kornia.filters.gaussian_blur2d(masks[chosen], 2 * math.ceil(3 * widest) + 1, sigma, border_type="reflect")
-    blurred = blurred * foregrounds[chosen]
+    shapes = (masks[chosen] > 0).to(masks)  # without the matte, which is as soft as it is
+    blurred = kornia.filters.gaussian_blur2d(shapes, 2 * math.ceil(3 * widest) + 1, sigma, border_type="reflect")
+    blurred = blurred / blurred.amax((2, 3), keepdim=True).clamp(min=1e-6)  # up to 1 again, also where it was thin
     softened = masks.clone()
-    softened[chosen] = blurred / blurred.amax((2, 3), keepdim=True).clamp(min=1e-6)
-    return softened.clamp(0, 1)
+    # What is fainter than a grey level is no anomaly.
+    softened[chosen] = torch.where(blurred < 1 / 255, 0.0, blurred.clamp(max=1)) * foregrounds[chosen]
+    return softened
 
 
 def shuffle_tiles(images: torch.Tensor, generators: Generators, grid: int = SHUFFLE_GRID) -> torch.Tensor:
