@@ -546,10 +546,10 @@ class DiffusionADPipeline(DiffusionPipeline):
             pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or a Hub id such as `"user/model"`.
             kwargs: those of diffusers (`dtype`, `variant`, `revision`, `token`, `cache_dir`, `local_files_only`, ...),
                 components, or values for the pipeline's config such as `image_threshold=0.4`. `dtype` is that of the
-                networks, but for the segmentation network's first convolution; the rest is computed in float32. None loads float32, with which thresholds are calibrated
-                and results documented; `"auto"` loads bfloat16 where the GPU, or the CPU if there is none, has
-                instructions for it, and float32 elsewhere. Where there is no GPU, weights in bfloat16 are laid out
-                channels last, which is faster (benchmarks/README.md).
+                networks, but for the segmentation network's first convolution; the rest is computed in float32. None
+                loads float32, with which thresholds are calibrated and results documented; `"auto"` loads bfloat16
+                where the GPU, or the CPU if there is none, has instructions for it, and float32 elsewhere. Where there
+                is no GPU, weights in bfloat16 are laid out channels last, which is faster (benchmarks/README.md).
 
         Raises:
             WeightsFileError: the folder or a file is missing, damaged, a pickle, or does not fit; the message names it.

@@ -45,8 +45,8 @@ class InputBlock(nn.Sequential):
 
 class SegmentationUNet2DModel(ModelMixin, ConfigMixin):
     """A U-Net that sees a picture beside its anomaly-free reconstruction and marks where they really differ.
-    The defaults are the paper's network: 28,373,569 parameters. [`cast`] and `from_pretrained(..., dtype=...)` leave the
-    first convolution in float32.
+    The defaults are the paper's network: 28,373,569 parameters. [`cast`] and `from_pretrained(..., dtype=...)` leave
+    the first convolution in float32.
 
     Args:
         in_channels: channels of the concatenated picture and reconstruction.
