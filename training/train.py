@@ -112,7 +112,7 @@ def main(config: TrainingConfig) -> int:
 
     # 1. Networks from the seed, and pictures
     set_seed(config.seed)
-    teacher = load_teacher(config, accelerator.device) if config.distill else None
+    teacher = load_teacher(config.distill, config, accelerator.device) if config.distill else None
     unet, segmentation, scheduler = build_networks(config, teacher)
     if source := config.pretrained_model_name_or_path or config.distill:
         start_from_pretrained({"unet": unet, "segmentation": segmentation}, source)

@@ -67,7 +67,7 @@ def start_from_pretrained(networks: dict[str, torch.nn.Module], source: str) -> 
         logger.info("%s: %d of %d weights start from %s", name, len(fitting), len(state), source)
 
 
-def load_teacher(config: TrainingConfig, device: torch.device) -> DiffusionADPipeline:
+def load_teacher(source: str, config: TrainingConfig, device: torch.device) -> DiffusionADPipeline:
     """The pipeline of --distill, its UNet in bfloat16 where the run is.
 
     Raises:
@@ -76,13 +76,13 @@ def load_teacher(config: TrainingConfig, device: torch.device) -> DiffusionADPip
     """
     # Weights in float16 might overflow; under autocast those in float32 are as fast.
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    teacher = DiffusionADPipeline.from_pretrained(config.distill, dtype=dtype)
+    teacher = DiffusionADPipeline.from_pretrained(source, dtype=dtype)
     if teacher.scheduler.config.distilled:
-        raise ValueError(f"--distill {config.distill} is distilled itself: give the model that it was distilled from")
+        raise ValueError(f"--distill {source} is distilled itself: give the model that it was distilled from")
     size = config.resize_to or config.resolution
     if teacher.config.image_size != size:
         raise ValueError(
-            f"--distill {config.distill} works at {teacher.config.image_size} pixels and this run at {size}: it would "
+            f"--distill {source} works at {teacher.config.image_size} pixels and this run at {size}: it would "
             f"teach what it has not learned; use --resolution {teacher.config.image_size}"
         )
     teacher.unet.to(device)

@@ -33,10 +33,10 @@ class SegmentationUNet2DOutput(BaseOutput):
 class InputBlock(nn.Sequential):
     """The first block, whose first convolution may be more precise than the layers after it."""
 
-    def forward(self, sample: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Run the layers on `[B, 6, H, W]`, after the first one in `dtype`; None leaves it as it comes."""
         first, *others = self
-        sample = first(sample)
+        sample = first(input)
         sample = sample if dtype is None else sample.to(dtype)
         for layer in others:
             sample = layer(sample)
