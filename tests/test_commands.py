@@ -105,13 +105,18 @@ def test_what_a_run_was_begun_with_is_named(trained: Path) -> None:
 
 def test_the_card_of_a_student_names_its_teacher(trained: Path) -> None:
     config = yaml.safe_load((trained / "training_config.yaml").read_text())
-    config |= {"distill": "user/teacher", "licence_note": None, "soft_edge_probability": 0.5}
+    config |= {
+        "distill": "user/teacher",
+        "licence_note": None,
+        "soft_edge_probability": 0.5,
+        "thin_line_probability": 0.2,
+    }
     write_model_card(
         trained, config, picture_count=28, held_out_count=4, best_step=2, hours=0, hardware="", validation={}
     )
     card = ModelCard.load(trained / "README.md")
     assert card.data.base_model == "user/teacher" and "| taught by | `user/teacher`" in card.text
-    assert "and of the model that taught them" in card.text and "50 % with soft edges" in card.text
+    assert "and of the model that taught them" in card.text and "20 % thin lines; 50 % with soft edges" in card.text
     assert "the picture,\nthe reconstruction, the anomaly map" in card.text
 
 

@@ -66,6 +66,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                    "large_timestep": 20}  # fmt: skip
     del tiny["train_data_dir"]
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    student = tiny | {"output_dir": "runs/student", "prediction_type": "sample"}
+    del student["small_timestep"], student["large_timestep"]  # they are the teacher's
+    (tmp_path / "student.yaml").write_text(yaml.safe_dump(student))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -92,7 +95,8 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", [*arguments, "--model", "runs/mine", "--pictures", "new_pictures"])
         runpy.run_path(arguments[0], run_name="__main__")
     elif arguments[0] == "train":
-        line = [sys.executable, "-m", "diffusionad_pipe.cli", *arguments, "--config", "tiny.yaml"]
+        config_file = "student.yaml" if "--distill" in arguments else "tiny.yaml"
+        line = [sys.executable, "-m", "diffusionad_pipe.cli", *arguments, "--config", config_file]
         done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
     else:

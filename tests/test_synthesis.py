@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.nn import functional as F
 
 from diffusionad_pipe.augmenters import AUGMENTERS, augment, rotate
 from diffusionad_pipe.draws import integers, sample_generator, uniform
@@ -16,6 +17,7 @@ from diffusionad_pipe.synthesis import (
     shuffle_tiles,
     soften_edges,
     synthesize_anomalies,
+    thin_lines,
 )
 
 CPU = torch.device("cpu")
@@ -197,6 +199,31 @@ def test_grey_pictures_get_grey_anomalies() -> None:
     assert not torch.equal(grey.images[40:], images[40:])
 
 
+def test_thin_lines_are_thin_and_stay_in_the_foreground() -> None:
+    """Three in ten masks are lines of 1 to 5 pixels at 256; one sample alone gives the same."""
+    mattes = torch.zeros(60, 1, 256, 256)
+    mattes[..., 64:, :] = 0.5
+    masks = perlin_masks(mattes, generators(60))
+    lines = thin_lines(masks, mattes, generators(60), 0.3)
+    changed = (lines != masks).flatten(1).any(1)
+    assert 8 < changed.sum() < 30 and lines.amax() == 0.5 and not lines[..., :64, :].any()
+    # A line of 5 pixels, with its soft edges, is gone when 3 are taken off every side; a blob is not.
+    eroded = -F.max_pool2d(-(lines[changed] > 0).float(), 7, stride=1, padding=3)
+    assert eroded.mean() < 5e-4 and (lines[changed] > 0).float().mean() > 0.02
+    assert (-F.max_pool2d(-(masks > 0).float(), 7, stride=1, padding=3)).mean() > 5e-3
+    index = changed.nonzero()[0].item()
+    alone = thin_lines(masks[[index]], mattes[[index]], [sample_generator(0, index)], 0.3)[0]
+    torch.testing.assert_close(alone, lines[index], rtol=0, atol=1e-5)
+
+
+def test_no_room_for_a_line_leaves_the_mask() -> None:
+    mattes = torch.zeros(20, 1, 64, 64)
+    mattes[:, :, 0, 0] = 1  # one pixel
+    masks = mattes.clone()
+    lines = thin_lines(masks, mattes, generators(20), 1.0)
+    assert lines.flatten(1).any(1).all()
+
+
 def test_softened_edges_stay_in_the_foreground() -> None:
     """A blurred mask is 1 somewhere, soft at its edge and nothing beyond the matte; half of them are blurred."""
     mattes = torch.zeros(60, 1, 64, 64)
@@ -222,20 +249,27 @@ def test_softened_masks_are_no_stronger_than_the_matte() -> None:
     assert (softened[softened > 0] >= 0.3 / 255).all() and (softened == 0).any()
 
 
-def test_soft_edges_are_composed_like_hard_ones() -> None:
+def test_lines_and_soft_edges_are_composed_like_hard_ones() -> None:
     """And a probability of 0 leaves the paper's draws as they are."""
     images, mattes = torch.zeros(40, 3, 64, 64), torch.ones(40, 1, 64, 64)
     white = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
     options = {"anomaly_probability": 1, "texture_probability": 1}
-    hard, same, soft = (
+    hard, same, lines, soft = (
         synthesize_anomalies(images, mattes, white, generators(40), **options, **extra)
-        for extra in ({}, {"soft_edge_probability": 0.0}, {"soft_edge_probability": 1.0})
+        for extra in (
+            {},
+            {"soft_edge_probability": 0.0, "thin_line_probability": 0.0},
+            {"thin_line_probability": 1.0},
+            {"soft_edge_probability": 1.0},
+        )
     )
     assert torch.equal(hard.images, same.images) and torch.equal(hard.masks, same.masks)
     inside = (soft.masks > 0) & (soft.masks < 1)
     assert inside.flatten(1).any(1).all()
+    assert lines.masks.mean() < hard.masks.mean() / 2
     # S = M · (1 − β) · A on black, with A at most 1 and β at least 0.2
-    assert (soft.images <= 0.8 * soft.masks + 1e-6).all() and soft.images.amax() > 0.5 and soft.labels.all()
+    for made in (lines, soft):
+        assert (made.images <= 0.8 * made.masks + 1e-6).all() and made.images.amax() > 0.5 and made.labels.all()
 
 
 def test_empty_foreground_leaves_the_picture_normal() -> None:

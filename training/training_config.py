@@ -46,6 +46,7 @@ class TrainingConfig:
     texture_probability: float = 0.5  # share of anomalies that are textures: 0.5 for objects, 1 for textures
     procedural_probability: float = 0.0  # share of textures that are drawn: clouds and plain colours
     grayscale_anomalies: bool = True  # anomalies on grey pictures are grey; the paper: no
+    thin_line_probability: float = 0.0  # share of anomalies that are thin lines: scratches, cracks; the paper: 0
     soft_edge_probability: float = 0.0  # share of anomalies with blurred edges: stains, shades; the paper: 0
 
     # Networks and noise

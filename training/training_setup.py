@@ -122,6 +122,7 @@ def build_datasets(
             "texture_probability": config.texture_probability,
             "procedural_probability": config.procedural_probability,
             "grayscale_anomalies": config.grayscale_anomalies,
+            "thin_line_probability": config.thin_line_probability,
             "soft_edge_probability": config.soft_edge_probability,
         }
 

@@ -82,6 +82,9 @@ def preview_synthesis(
             "--grayscale-anomalies/--no-grayscale-anomalies", help="Anomalies on grey pictures are grey; the paper: no."
         ),
     ] = True,
+    thin_line_probability: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of anomalies that are thin lines; the paper: 0.")
+    ] = 0.0,
     soft_edge_probability: Annotated[
         float, typer.Option(min=0, max=1, help="Share of anomalies with blurred edges; the paper: 0.")
     ] = 0.0,
@@ -126,6 +129,7 @@ def preview_synthesis(
             texture_probability=texture_probability,
             procedural_probability=procedural_probability,
             grayscale_anomalies=grayscale_anomalies,
+            thin_line_probability=thin_line_probability,
             soft_edge_probability=soft_edge_probability,
             seed=seed,
             count=count,

@@ -24,6 +24,10 @@ MAX_PERLIN_EXPONENT = 5
 PERLIN_THRESHOLD = 0.5
 MASK_TRIES = 50
 SHUFFLE_GRID = 8
+# Width of a thin line, as a share of the picture's shorter side: 1 to 5 pixels at 256.
+LINE_WIDTHS = 1 / 256, 5 / 256
+# k of the noise whose level lines they are: finer noise has rings and no lines.
+MAX_LINE_EXPONENT = 3
 # Standard deviation of a softened edge at most, as a share of the picture's shorter side.
 MAX_SOFTENING = 0.04
 # Grey pictures have equal channels; a few levels more are JPEG's rounding.
@@ -89,6 +93,39 @@ def perlin_masks(foregrounds: torch.Tensor, generators: Generators) -> torch.Ten
         masks[empty] = (noise > PERLIN_THRESHOLD) * foregrounds[empty]
         empty = [i for i in empty if not masks[i].any()]
     return masks
+
+
+def thin_lines(
+    masks: torch.Tensor, foregrounds: torch.Tensor, generators: Generators, probability: float
+) -> torch.Tensor:
+    """Put curved lines in the place of some masks, inside the foreground: scratches, cracks, hairs. Not in the paper.
+
+    Perlin masks are blobs and have no thin lines. A line is where Perlin noise n crosses zero: |n| / ‖∇n‖ is, to first
+    order, the distance to it in pixels. A second noise cuts it into pieces, so that lines end.
+
+    Args:
+        masks: M `[B, 1, H, W]` in [0, 1]; stays what it is where the foreground has no room for a line.
+        foregrounds: mattes `[B, 1, H, W]` in [0, 1].
+        generators: one a sample.
+        probability: share of the masks that become lines.
+
+    Returns:
+        M `[B, 1, H, W]` in [0, 1].
+    """
+    chosen = (uniform(0, 1, generators) < probability).nonzero()[:, 0].tolist()
+    if not chosen:
+        return masks
+    own = [generators[i] for i in chosen]
+    height, width = masks.shape[-2:]
+    noise, cut = (
+        perlin_noise(height, width, 2 ** integers(0, MAX_LINE_EXPONENT, own, 2).to(masks.device), own) for _ in range(2)
+    )
+    distance = noise.abs() / torch.hypot(*torch.gradient(noise, dim=(2, 3))).clamp(min=1e-6)
+    half_width = uniform(*LINE_WIDTHS, own).view(-1, 1, 1, 1).to(masks) * min(height, width) / 2
+    lines = (half_width + 0.5 - distance).clamp(0, 1) * (cut > 0) * foregrounds[chosen]  # half a pixel of soft edge
+    result = masks.clone()
+    result[chosen] = torch.where(lines.flatten(1).any(1).view(-1, 1, 1, 1), lines, masks[chosen])
+    return result
 
 
 def soften_edges(
@@ -197,6 +234,7 @@ def synthesize_anomalies(
     texture_probability: float = 0.5,
     procedural_probability: float = 0.0,
     grayscale_anomalies: bool = False,
+    thin_line_probability: float = 0.0,
     soft_edge_probability: float = 0.0,
 ) -> AnomalySamples:
     """Leave each normal picture as it is, or put a synthetic anomaly on it.
@@ -213,6 +251,7 @@ def synthesize_anomalies(
             0 in the paper, and 1 where there are none but it is not 0.
         grayscale_anomalies: put grey anomalies on grey pictures. Not in the paper: there textures keep their colours,
             and on grey pictures colour alone tells every synthetic anomaly, but no real one.
+        thin_line_probability: share of the masks that `thin_lines` replaces; 0 in the paper.
         soft_edge_probability: share of the masks that `soften_edges` blurs; 0 in the paper.
 
     Returns:
@@ -223,7 +262,9 @@ def synthesize_anomalies(
     if chosen:
         own = [generators[i] for i in chosen]
         masks[chosen] = perlin_masks(foregrounds[chosen], own)
-        if soft_edge_probability > 0:  # else the draws are the paper's
+        if thin_line_probability > 0:  # else the draws are the paper's
+            masks[chosen] = thin_lines(masks[chosen], foregrounds[chosen], own, thin_line_probability)
+        if soft_edge_probability > 0:
             masks[chosen] = soften_edges(masks[chosen], foregrounds[chosen], own, soft_edge_probability)
     labels = masks.flatten(1).any(1)
     chosen = labels.nonzero()[:, 0].tolist()

@@ -30,6 +30,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
         texture_probability: share of anomalies that are textures.
         procedural_probability: share of textures that are procedural.
         grayscale_anomalies: put grey anomalies on grey pictures.
+        thin_line_probability: share of the anomalies that are thin lines.
         soft_edge_probability: share of the anomalies with blurred edges.
         horizontal_flip: flip every other draw left to right.
         vertical_flip: flip every other draw upside down.
@@ -51,6 +52,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
         texture_probability: float = 0.5,
         procedural_probability: float = 0.0,
         grayscale_anomalies: bool = False,
+        thin_line_probability: float = 0.0,
         soft_edge_probability: float = 0.0,
         horizontal_flip: bool = False,
         vertical_flip: bool = False,
@@ -68,6 +70,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
         self.texture_probability = texture_probability
         self.procedural_probability = procedural_probability
         self.grayscale_anomalies = grayscale_anomalies
+        self.thin_line_probability = thin_line_probability
         self.soft_edge_probability = soft_edge_probability
         self.flips = ((horizontal_flip, -1), (vertical_flip, -2))
         self.rotation = rotation
@@ -98,6 +101,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
             texture_probability=self.texture_probability,
             procedural_probability=self.procedural_probability,
             grayscale_anomalies=self.grayscale_anomalies,
+            thin_line_probability=self.thin_line_probability,
             soft_edge_probability=self.soft_edge_probability,
         )
         return [
