@@ -13,6 +13,10 @@ A picture is a tensor of the networks' size; what is timed ends with its map and
   one call of the UNet (`training/train.py --distill`; here with the same networks, as fast as a student's), and,
   with `--compile`, compiled.
 
+The authors' way and inference mode run as they do in a program of their own, where glibc gives freed memory back; the
+rest as in our programs, which call `keep_freed_memory`. Rows marked "memory kept" and "memory returned" have it the other
+way round.
+
 All are timed in turns, A B C A B C; given are medians, and the fastest and the slowest round. The peak is that of a
 product of two large matrices, measured in the same run; shares of it count the convolutions and matrix products of each
 network alone, at the smallest and the largest batch size.
@@ -39,10 +43,12 @@ from measure import (
     matrix_peak,
     peak_memory,
     print_table,
+    returned_memory,
     write_json,
 )
 
 from diffusionad_pipe import DiffusionADPipeline, NormGuidedOneStepScheduler
+from diffusionad_pipe.freed_memory import keep_freed_memory
 
 AUTHORS, INFERENCE_MODE = "authors' way", "the same in inference mode"
 
@@ -70,6 +76,14 @@ def iterative(pipe: DiffusionADPipeline, pictures: torch.Tensor, steps: int) -> 
     sample = torch.randn_like(pictures)
     for timestep in scheduler.timesteps[-steps:]:
         sample = scheduler.step(pipe.unet(sample, timestep.to(pictures.device)).sample, timestep, sample).prev_sample
+
+
+def with_returned_memory(method: Callable[[], object]) -> Callable[[], None]:
+    def call() -> None:
+        with returned_memory():
+            method()
+
+    return call
 
 
 def variants(pipe: DiffusionADPipeline, with_compile: bool) -> dict[str, DiffusionADPipeline]:
@@ -175,7 +189,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
 
-    device = PartialState().device
+    device, memory_is_kept = PartialState().device, keep_freed_memory()
     pipe = load_model(arguments.model, device)
     if pipe.scheduler.config.distilled:
         parser.error("--model is distilled: give its teacher, which all forms are made of")
@@ -201,11 +215,16 @@ def main() -> None:
         with torch.inference_mode():
             authors_way(pipe, on_device)
 
-    methods: dict[str, Callable[[], object]] = {
-        AUTHORS: lambda: authors_way(pipe, on_device),
-        INFERENCE_MODE: inference_mode,
-        **{f"pipeline, {name}": call(name, 1) for name in pipes},
-    }
+    plain: dict[str, Callable[[], object]] = {
+        AUTHORS: lambda: authors_way(pipe, on_device), INFERENCE_MODE: inference_mode
+    }  # fmt: skip
+    ours = {f"pipeline, {name}": call(name, 1) for name in pipes}
+    methods = plain | ours
+    if memory_is_kept and device.type == "cpu":
+        last = next(reversed(ours))
+        methods |= {name: with_returned_memory(method) for name, method in plain.items()}
+        methods |= {f"{name}, memory kept": method for name, method in plain.items()}
+        methods[f"{last}, memory returned"] = with_returned_memory(ours[last])
     if arguments.measured_steps:
         methods["denoising steps"] = lambda: iterative(pipe, on_device, arguments.measured_steps)
     timings = in_turns(methods, arguments.rounds, device)

@@ -1,12 +1,14 @@
 """One training step of the paper's networks: how long it takes and how much memory it needs.
 
     python benchmarks/training_step.py --peak_tflops 989
+    python benchmarks/training_step.py --channels_last
     python benchmarks/training_step.py --memory
 
 The first times forward, backward and optimizer step in two forms: ours, with both noise scales in one call of the UNet
 under bf16 autocast, and the plain one, with a call for each scale in float32. (A GPU still multiplies in TF32 inside
 convolutions, PyTorch's default.) That both compute the same loss is asserted in float32 before. Steps are taken in
-turns, A B A B, and medians reported. On a GPU also the peak of allocated memory, and the share of the card's bf16 peak
+turns, A B A B, and medians reported. On a CPU the plain form runs as it does in a program of its own, where glibc gives
+freed memory back, and once more with it kept, as ours. On a GPU also the peak of allocated memory, and the share of the card's bf16 peak
 that the step's floating-point operations make, recomputation not counted; 989 TFLOP/s are an H100's or H200's.
 
 The second, `--memory`, needs neither a GPU nor time: it runs float32 steps, as the preset `paper` does, on fake tensors
@@ -20,11 +22,12 @@ import statistics
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from measure import returned_memory
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,6 +43,7 @@ from diffusionad_pipe import (
     SegmentationUNet2DModel,
     paper_unet_config,
 )
+from diffusionad_pipe.freed_memory import keep_freed_memory
 from diffusionad_pipe.objective import sample_timesteps, training_losses
 
 Batch = dict[str, torch.Tensor]
@@ -65,9 +69,16 @@ class Training:
         scheduler: made before a fake mode is entered, as its numbers are checked when it is made.
         gradient_checkpointing: of both networks.
         device: where they are.
+        channels_last: memory layout of the weights.
     """
 
-    def __init__(self, scheduler: NormGuidedOneStepScheduler, gradient_checkpointing: bool, device: torch.device | str):
+    def __init__(
+        self,
+        scheduler: NormGuidedOneStepScheduler,
+        gradient_checkpointing: bool,
+        device: torch.device | str,
+        channels_last: bool = False,
+    ):
         torch.manual_seed(0)
         with torch.device(device):
             self.unet = DiffusionADUNet2DModel(**paper_unet_config(256))
@@ -80,6 +91,9 @@ class Training:
         with torch.no_grad():
             for parameter in self.unet.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
+        if channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+            self.segmentation.to(memory_format=torch.channels_last)
         self.scheduler = scheduler
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0, fused=True)
 
@@ -132,16 +146,28 @@ def count_flops(batch_size: int, resolution: int) -> int:
 def print_times(arguments: argparse.Namespace) -> None:
     device = PartialState().device
     on_gpu = device.type == "cuda"
-    training = Training(NormGuidedOneStepScheduler(), arguments.gradient_checkpointing, device)
+    memory_is_kept = keep_freed_memory() and not on_gpu  # as train.py does
+    trainings = {
+        is_plain: Training(
+            NormGuidedOneStepScheduler(),
+            arguments.gradient_checkpointing,
+            device,
+            channels_last=arguments.channels_last and not is_plain,
+        )
+        for is_plain in (True, False)
+    }
 
     small = training_batch(2, 64, device)
     with torch.backends.cudnn.flags(enabled=False), torch.no_grad():  # cuDNN would take TF32 for float32
-        ours, plain = training.loss(small), training.loss(small, plain=True)
+        ours, plain = trainings[False].loss(small), trainings[True].loss(small, plain=True)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
     flops = count_flops(arguments.batch_size, arguments.resolution)
     batch = training_batch(arguments.batch_size, arguments.resolution, device)
+    # The plain form as in a program of its own, where glibc gives freed memory back, and also with it kept.
     forms = {"two calls, float32": True, "ours: one call, bf16": False}
+    if memory_is_kept:
+        forms["two calls, float32, memory kept"] = True
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     peaks: dict[str, float] = {}
     for turn in tqdm(range(arguments.rounds + 1), desc="rounds, the first not counted"):
@@ -150,7 +176,8 @@ def print_times(arguments: argparse.Namespace) -> None:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             started = time.perf_counter()
-            training.step(batch, is_plain)
+            with returned_memory() if memory_is_kept and name == "two calls, float32" else nullcontext():
+                trainings[is_plain].step(batch, is_plain)
             if on_gpu:
                 torch.cuda.synchronize()
                 peaks[name] = torch.cuda.max_memory_allocated() / GIB
@@ -257,6 +284,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="default: 1, and 16 with --memory as in the paper")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gradient_checkpointing", action="store_true", help="in both forms")
+    parser.add_argument("--channels_last", action="store_true", help="memory layout of the weights in our form")
     parser.add_argument("--peak_tflops", type=float, help="bf16 peak of the GPU, dense")
     parser.add_argument("--memory", action="store_true", help="add up the memory of a step, and time nothing")
     arguments = parser.parse_args()

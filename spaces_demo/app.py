@@ -38,6 +38,7 @@ from gradio import processing_utils
 from model_menu import load_model, read_defaults, read_menu, read_model_card
 
 from diffusionad_pipe.colours import COLOUR_SCALE
+from diffusionad_pipe.freed_memory import keep_freed_memory
 
 HERE = Path(__file__).parent
 EXAMPLES = sorted(map(str, HERE.glob("examples/*.jpg")))
@@ -501,6 +502,7 @@ demo.queue(max_size=MAX_WAITING)
 threading.Thread(target=delete_old_files, daemon=True).start()
 
 if __name__ == "__main__":
+    keep_freed_memory()
     # Fonts that the visitor's system has: none is downloaded.
     theme = gr.themes.Default(
         primary_hue="indigo", neutral_hue="slate", font=("system-ui", "sans-serif"), font_mono="monospace"

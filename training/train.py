@@ -36,6 +36,7 @@ from training_setup import build_datasets, build_networks, load_teacher, start_f
 
 from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.calibration import Validation, smallest_rate, validate
+from diffusionad_pipe.freed_memory import keep_freed_memory
 from diffusionad_pipe.image_files import write_atomically
 from diffusionad_pipe.model_card import write_model_card
 from diffusionad_pipe.objective import distillation_losses, training_losses
@@ -76,6 +77,7 @@ def outlive_sigterm(worker: int) -> None:
 
 
 def main(config: TrainingConfig) -> int:
+    keep_freed_memory()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -137,8 +139,8 @@ def main(config: TrainingConfig) -> int:
         )
 
     # 2. One optimizer with a learning rate for each network, schedules, the average of the weights
-    unet.train()
-    segmentation.train()
+    for network in (unet, segmentation):
+        network.train().to(memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         segmentation.enable_gradient_checkpointing()

@@ -80,6 +80,7 @@ class TrainingConfig:
     max_skipped_steps: int = 20  # stop after so many steps in a row with a loss or gradient that is not finite
     ema_decay: float = 0.995  # of the averaged weights that are saved; 0: no average
     mixed_precision: str = "bf16"  # no, fp16 or bf16
+    channels_last: bool = False  # memory layout: quicker for wide networks on a CPU with AMX
     gradient_checkpointing: bool = False  # less memory, more time
     torch_compile: bool = False
     cpu_threads: int = 0  # on a CPU; 0: every core, shared among the processes

@@ -1,0 +1,31 @@
+"""Large buffers that are freed and taken again cost no new pages."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PAGES = """
+import resource, sys
+import torch
+from diffusionad_pipe.freed_memory import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+torch.set_num_threads(1)
+torch.ones(25_000_000)  # 100 MB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(25_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_used_again() -> None:
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", PAGES, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "return")
+    )
+    assert kept < 100 < 1000 < returned
