@@ -14,8 +14,8 @@ A picture is a tensor of the networks' size; what is timed ends with its map and
   with `--compile`, compiled.
 
 The authors' way and inference mode run as they do in a program of their own, where glibc gives freed memory back; the
-rest as in our programs, which call `keep_freed_memory`. Rows marked "memory kept" and "memory returned" have it the other
-way round.
+rest as in our programs, which call `keep_freed_memory`. Rows marked "memory kept" and "memory returned" have it the
+other way round.
 
 All are timed in turns, A B C A B C; given are medians, and the fastest and the slowest round. The peak is that of a
 product of two large matrices, measured in the same run; shares of it count the convolutions and matrix products of each

@@ -4,12 +4,13 @@
     python benchmarks/training_step.py --channels_last
     python benchmarks/training_step.py --memory
 
-The first times forward, backward and optimizer step in two forms: ours, with both noise scales in one call of the UNet
-under bf16 autocast, and the plain one, with a call for each scale in float32. (A GPU still multiplies in TF32 inside
-convolutions, PyTorch's default.) That both compute the same loss is asserted in float32 before. Steps are taken in
-turns, A B A B, and medians reported. On a CPU the plain form runs as it does in a program of its own, where glibc gives
-freed memory back, and once more with it kept, as ours. On a GPU also the peak of allocated memory, and the share of the card's bf16 peak
-that the step's floating-point operations make, recomputation not counted; 989 TFLOP/s are an H100's or H200's.
+The first times forward, backward and optimizer step in two forms: ours, with both noise scales in one call of the
+UNet under bf16 autocast, and the plain one, with a call for each scale in float32. (A GPU still multiplies in TF32
+inside convolutions, PyTorch's default.) That both compute the same loss is asserted in float32 before. Steps are
+taken in turns, A B A B, and medians reported. On a CPU the plain form runs as it does in a program of its own, where
+glibc gives freed memory back, and once more with it kept, as ours. On a GPU also the peak of allocated memory, and
+the share of the card's bf16 peak that the step's floating-point operations make, recomputation not counted; 989
+TFLOP/s are an H100's or H200's.
 
 The second, `--memory`, needs neither a GPU nor time: it runs float32 steps, as the preset `paper` does, on fake tensors
 that have shapes and no numbers, and adds up what there would be. "Saved for backward" is what autograd keeps at the
