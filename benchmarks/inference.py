@@ -13,9 +13,8 @@ A picture is a tensor of the networks' size; what is timed ends with its map and
   one call of the UNet (`training/train.py --distill`; here with the same networks, as fast as a student's), and,
   with `--compile`, compiled.
 
-The authors' way and inference mode run as they do in a program of their own, where glibc gives freed memory back; the
-rest as in our programs, which call `keep_freed_memory`. Rows marked "memory kept" and "memory returned" have it the
-other way round.
+On a CPU glibc gives freed memory back, as it does in most programs. With `--keep_memory` all rows keep it, as our
+command line does and programs that call `keep_freed_memory`.
 
 All are timed in turns, A B C A B C; given are medians, and the fastest and the slowest round. The peak is that of a
 product of two large matrices, measured in the same run; shares of it count the convolutions and matrix products of each
@@ -43,7 +42,6 @@ from measure import (
     matrix_peak,
     peak_memory,
     print_table,
-    returned_memory,
     write_json,
 )
 
@@ -76,14 +74,6 @@ def iterative(pipe: DiffusionADPipeline, pictures: torch.Tensor, steps: int) -> 
     sample = torch.randn_like(pictures)
     for timestep in scheduler.timesteps[-steps:]:
         sample = scheduler.step(pipe.unet(sample, timestep.to(pictures.device)).sample, timestep, sample).prev_sample
-
-
-def with_returned_memory(method: Callable[[], object]) -> Callable[[], None]:
-    def call() -> None:
-        with returned_memory():
-            method()
-
-    return call
 
 
 def variants(pipe: DiffusionADPipeline, with_compile: bool) -> dict[str, DiffusionADPipeline]:
@@ -185,11 +175,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--measured_steps", type=int, default=2, help="of each iterative denoising; 0: none")
     parser.add_argument("--compile", action="store_true", help="also compiled: takes minutes before")
+    parser.add_argument("--keep_memory", action="store_true", help="that is freed, as the command line does")
     parser.add_argument("--peak_side", type=int, help="of the matrices that the peak is measured with")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
 
-    device, memory_is_kept = PartialState().device, keep_freed_memory()
+    if arguments.keep_memory:
+        keep_freed_memory()
+    device = PartialState().device
     pipe = load_model(arguments.model, device)
     if pipe.scheduler.config.distilled:
         parser.error("--model is distilled: give its teacher, which all forms are made of")
@@ -215,16 +208,11 @@ def main() -> None:
         with torch.inference_mode():
             authors_way(pipe, on_device)
 
-    plain: dict[str, Callable[[], object]] = {
-        AUTHORS: lambda: authors_way(pipe, on_device), INFERENCE_MODE: inference_mode
-    }  # fmt: skip
-    ours = {f"pipeline, {name}": call(name, 1) for name in pipes}
-    methods = plain | ours
-    if memory_is_kept and device.type == "cpu":
-        last = next(reversed(ours))
-        methods |= {name: with_returned_memory(method) for name, method in plain.items()}
-        methods |= {f"{name}, memory kept": method for name, method in plain.items()}
-        methods[f"{last}, memory returned"] = with_returned_memory(ours[last])
+    methods: dict[str, Callable[[], object]] = {
+        AUTHORS: lambda: authors_way(pipe, on_device),
+        INFERENCE_MODE: inference_mode,
+        **{f"pipeline, {name}": call(name, 1) for name in pipes},
+    }
     if arguments.measured_steps:
         methods["denoising steps"] = lambda: iterative(pipe, on_device, arguments.measured_steps)
     timings = in_turns(methods, arguments.rounds, device)

@@ -6,8 +6,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusionad_pipe import DiffusionADPipeline
-from diffusionad_pipe.freed_memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
 from diffusionad_pipe.image_files import write_atomically
 
 GIB = 2**30
@@ -124,19 +123,6 @@ def module_flops(function: Callable[[], object]) -> dict[str, int]:
     return {name.partition(".")[2]: flops for name, flops in own.items()}
 
 
-@contextmanager
-def returned_memory() -> Iterator[None]:
-    """What glibc does by itself, once its thresholds have adapted to large buffers; before and after it memory is kept,
-    as in our programs."""
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-    mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
-    try:
-        yield
-    finally:
-        keep_freed_memory()
-
-
 def peak_memory(function: Callable[[], object], device: torch.device) -> float | None:
     """The most memory in bytes that a call needed above what was in use before it: allocated by torch on a GPU,
     resident pages of the process on Linux, None elsewhere."""
@@ -197,7 +183,6 @@ def write_json(path: Path | None, results: dict[str, Any]) -> None:
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> DiffusionADPipeline:
     """A saved pipeline, or one of `PRESETS`: networks with random weights, which are as fast as trained ones."""
-    keep_freed_memory()  # as the command line does
     diffusers_logging.set_verbosity_error()  # its warnings would stand between the tables
     if name in PRESETS:
         sys.path.append(str(TRAINING))

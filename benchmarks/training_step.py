@@ -4,13 +4,13 @@
     python benchmarks/training_step.py --channels_last
     python benchmarks/training_step.py --memory
 
-The first times forward, backward and optimizer step in two forms: ours, with both noise scales in one call of the
-UNet under bf16 autocast, and the plain one, with a call for each scale in float32. (A GPU still multiplies in TF32
-inside convolutions, PyTorch's default.) That both compute the same loss is asserted in float32 before. Steps are
-taken in turns, A B A B, and medians reported. On a CPU the plain form runs as it does in a program of its own, where
-glibc gives freed memory back, and once more with it kept, as ours. On a GPU also the peak of allocated memory, and
-the share of the card's bf16 peak that the step's floating-point operations make, recomputation not counted; 989
-TFLOP/s are an H100's or H200's.
+The first times forward, backward and optimizer step in two forms: ours, as train.py takes it, with both noise scales
+in one call of the UNet under bf16 autocast, and the plain one, with a call for each scale in float32. (A GPU still
+multiplies in TF32 inside convolutions, PyTorch's default.) That both compute the same loss is asserted in float32
+before. Each form has a process of its own, so that on a CPU glibc gives the memory back that the plain one frees, as
+it does in plain programs; `--keep_memory` keeps it there too. Steps are taken in turns, A B A B, and medians
+reported. On a GPU also the peak of allocated memory, and the share of the card's bf16 peak that the step's floating-
+point operations make, recomputation not counted; 989 TFLOP/s are an H100's or H200's.
 
 The second, `--memory`, needs neither a GPU nor time: it runs float32 steps, as the preset `paper` does, on fake tensors
 that have shapes and no numbers, and adds up what there would be. "Saved for backward" is what autograd keeps at the
@@ -23,12 +23,13 @@ import statistics
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from measure import returned_memory
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,11 +45,14 @@ from diffusionad_pipe import (
     SegmentationUNet2DModel,
     paper_unet_config,
 )
+from diffusionad_pipe.acceleration import train_channels_last
 from diffusionad_pipe.freed_memory import keep_freed_memory
 from diffusionad_pipe.objective import sample_timesteps, training_losses
 
 Batch = dict[str, torch.Tensor]
 GIB = 2**30
+PLAIN = "two calls, float32"
+WARM_UP = 3  # steps until no new memory is taken
 
 
 class TwoCalls(nn.Module):
@@ -93,8 +97,7 @@ class Training:
             for parameter in self.unet.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
         if channels_last:
-            self.unet.to(memory_format=torch.channels_last)
-            self.segmentation.to(memory_format=torch.channels_last)
+            train_channels_last(self.unet, self.segmentation)
         self.scheduler = scheduler
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0, fused=True)
 
@@ -144,47 +147,74 @@ def count_flops(batch_size: int, resolution: int) -> int:
     return counter.get_total_flops()
 
 
+class TimedForm:
+    """One form of the step, to be taken in a process of its own.
+
+    Args:
+        plain: two calls of the UNet in float32 instead of one in bf16.
+        keep_memory: call `keep_freed_memory`, as train.py does.
+        arguments: of the command line.
+    """
+
+    def __init__(self, plain: bool, keep_memory: bool, arguments: argparse.Namespace):
+        if keep_memory:
+            keep_freed_memory()
+        self.plain, self.device = plain, PartialState().device
+        checkpointing, channels_last = arguments.gradient_checkpointing, arguments.channels_last and not plain
+        self.training = Training(NormGuidedOneStepScheduler(), checkpointing, self.device, channels_last)
+        self.small = training_batch(2, 64, self.device)
+        self.batch = training_batch(arguments.batch_size, arguments.resolution, self.device)
+
+    def small_loss(self) -> float:
+        """In float32, for the comparison of both forms."""
+        with torch.backends.cudnn.flags(enabled=False), torch.no_grad():  # cuDNN would take TF32 for float32
+            return self.training.loss(self.small, self.plain).item()
+
+    def step(self) -> tuple[float, float | None]:
+        """Seconds of one step, and on a GPU the peak of its memory in GiB."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        self.training.step(self.batch, self.plain)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started, torch.cuda.max_memory_allocated() / GIB if on_gpu else None
+
+
+here: TimedForm  # of a process that times a form
+
+
+def prepare(*settings: Any) -> None:
+    global here
+    here = TimedForm(*settings)
+
+
+def call(method: str) -> Any:
+    return getattr(here, method)()
+
+
 def print_times(arguments: argparse.Namespace) -> None:
     device = PartialState().device
     on_gpu = device.type == "cuda"
-    memory_is_kept = keep_freed_memory() and not on_gpu  # as train.py does
-    trainings = {
-        is_plain: Training(
-            NormGuidedOneStepScheduler(),
-            arguments.gradient_checkpointing,
-            device,
-            channels_last=arguments.channels_last and not is_plain,
-        )
-        for is_plain in (True, False)
-    }
-
-    small = training_batch(2, 64, device)
-    with torch.backends.cudnn.flags(enabled=False), torch.no_grad():  # cuDNN would take TF32 for float32
-        ours, plain = trainings[False].loss(small), trainings[True].loss(small, plain=True)
-    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    settings = {PLAIN: (True, arguments.keep_memory), "ours: one call, bf16": (False, True)}
+    seconds: dict[str, list[float]] = {name: [] for name in settings}
+    peaks: dict[str, float | None] = {}
+    with ExitStack() as stack:
+        processes = {}
+        for name, form in settings.items():
+            executor = ProcessPoolExecutor(1, get_context("spawn"), prepare, (*form, arguments))
+            processes[name] = stack.enter_context(executor)
+        plain, ours = (process.submit(call, "small_loss").result() for process in processes.values())
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+        for turn in tqdm(range(arguments.rounds + WARM_UP), desc=f"rounds, {WARM_UP} not counted"):
+            for name, process in processes.items():
+                taken, peaks[name] = process.submit(call, "step").result()
+                if turn >= WARM_UP:
+                    seconds[name].append(taken)
 
     flops = count_flops(arguments.batch_size, arguments.resolution)
-    batch = training_batch(arguments.batch_size, arguments.resolution, device)
-    # The plain form as in a program of its own, where glibc gives freed memory back, and also with it kept.
-    forms = {"two calls, float32": True, "ours: one call, bf16": False}
-    if memory_is_kept:
-        forms["two calls, float32, memory kept"] = True
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    peaks: dict[str, float] = {}
-    for turn in tqdm(range(arguments.rounds + 1), desc="rounds, the first not counted"):
-        for name, is_plain in forms.items():
-            if on_gpu:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
-            with returned_memory() if memory_is_kept and name == "two calls, float32" else nullcontext():
-                trainings[is_plain].step(batch, is_plain)
-            if on_gpu:
-                torch.cuda.synchronize()
-                peaks[name] = torch.cuda.max_memory_allocated() / GIB
-            if turn > 0:
-                seconds[name].append(time.perf_counter() - started)
-
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     checkpointing = "with" if arguments.gradient_checkpointing else "without"
@@ -197,8 +227,8 @@ def print_times(arguments: argparse.Namespace) -> None:
     for name, median in medians.items():
         rate = flops / median / 1e12
         share = f"{rate / arguments.peak_tflops:.1%}" if arguments.peak_tflops else ""
-        memory = f"{peaks[name]:.2f}" if on_gpu else ""
-        times = medians["two calls, float32"] / median
+        memory = "" if peaks[name] is None else f"{peaks[name]:.2f}"
+        times = medians[PLAIN] / median
         print(f"| {name} | {median:.3f} | {times:.2f} | {rate:.2f} | {share} | {memory} |")
 
 
@@ -286,6 +316,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gradient_checkpointing", action="store_true", help="in both forms")
     parser.add_argument("--channels_last", action="store_true", help="memory layout of the weights in our form")
+    parser.add_argument("--keep_memory", action="store_true", help="in the plain form too")
     parser.add_argument("--peak_tflops", type=float, help="bf16 peak of the GPU, dense")
     parser.add_argument("--memory", action="store_true", help="add up the memory of a step, and time nothing")
     arguments = parser.parse_args()

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusionad_pipe import DiffusionADUNet2DModel, NormGuidedOneStepScheduler, SegmentationUNet2DModel
+from diffusionad_pipe.acceleration import train_channels_last
 from diffusionad_pipe.objective import denoising_loss, mask_loss, sample_timesteps, training_losses
 
 
@@ -95,6 +96,29 @@ def test_accumulated_gradients_equal_the_big_batch(labels: list[float]) -> None:
 
     for big, small in zip(gradients([slice(0, 4)]), gradients([slice(0, 2), slice(2, 4)])):
         torch.testing.assert_close(big, small, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_gives_the_same_gradients() -> None:
+    """And no convolution gets its input in the other layout, but for the first of each network."""
+    data, gradients = batch([0.0, 1.0, 0.0, 1.0]), []
+    copied: list[torch.nn.Module] = []
+
+    def note(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        if not inputs[0].is_contiguous(memory_format=torch.channels_last):
+            copied.append(module)
+
+    for channels_last in (False, True):
+        unet, segmentation, scheduler = networks("sample")
+        modules = [*unet.modules(), *segmentation.modules()]
+        if channels_last:
+            train_channels_last(unet, segmentation)
+            hooks = [m.register_forward_hook(note) for m in modules if isinstance(m, torch.nn.Conv2d)]
+            assert len(hooks) > 40
+        training_losses(unet, segmentation, scheduler, **data).loss.backward()
+        gradients.append([parameter.grad for parameter in [*unet.parameters(), *segmentation.parameters()]])
+    assert copied == [unet.conv_in, next(m for m in segmentation.modules() if isinstance(m, torch.nn.Conv2d))]
+    for contiguous, last in zip(*gradients):
+        torch.testing.assert_close(last, contiguous, rtol=1e-4, atol=1e-6)
 
 
 def test_timesteps() -> None:

@@ -35,6 +35,7 @@ from training_config import TrainingConfig, parse_arguments, to_plain
 from training_setup import build_datasets, build_networks, load_teacher, start_from_pretrained
 
 from diffusionad_pipe import DiffusionADPipeline
+from diffusionad_pipe.acceleration import train_channels_last
 from diffusionad_pipe.calibration import Validation, smallest_rate, validate
 from diffusionad_pipe.freed_memory import keep_freed_memory
 from diffusionad_pipe.image_files import write_atomically
@@ -139,8 +140,10 @@ def main(config: TrainingConfig) -> int:
         )
 
     # 2. One optimizer with a learning rate for each network, schedules, the average of the weights
-    for network in (unet, segmentation):
-        network.train().to(memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    unet.train()
+    segmentation.train()
+    if config.channels_last:
+        train_channels_last(unet, segmentation)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         segmentation.enable_gradient_checkpointing()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,20 @@ def compile_networks(networks: Iterable[nn.Module], device: torch.device, **opti
     for network in networks:
         network.compile(**options)
     return True
+
+
+def train_channels_last(unet: nn.Module, segmentation: nn.Module) -> None:
+    """Lay the weights out channels last, for networks in train mode.
+
+    diffusers' residual blocks copy what they add to another layout while they are in train mode, against a warning of
+    DDP, and gradients of both layouts meet then: a fifth of a step of the paper's networks. They have no dropout, which
+    is all else that the mode decides.
+    """
+    for network in (unet, segmentation):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for block in unet.modules():
+        if isinstance(block, ResnetBlock2D):
+            block.training = False
 
 
 @contextmanager

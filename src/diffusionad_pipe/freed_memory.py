@@ -5,7 +5,7 @@ from contextlib import suppress
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT = 2**31 - 1, 2**30
+KEPT = -1, 2**30  # -1: never
 
 
 def keep_freed_memory() -> bool:
