@@ -22,6 +22,7 @@ from diffusionad_pipe.data import load_anomaly_dataset
 from diffusionad_pipe.evaluation import load_test_pictures
 from diffusionad_pipe.export import export_detector
 from diffusionad_pipe.exported import ExportedDetector, to_rgb_uint8
+from diffusionad_pipe.freed_memory import keep_freed_memory
 from diffusionad_pipe.metrics import evaluate_maps
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap")
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also the compiled pipeline")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the command line does
 
     device = torch.device("cpu")
     pipe = load_model(arguments.model, device)

@@ -21,6 +21,8 @@ from diffusers.models.attention_processor import Attention
 from measure import in_turns, load_model, machine, matrix_peak, module_flops, print_table, synchronize, write_json
 from torch import nn
 
+from diffusionad_pipe.freed_memory import keep_freed_memory
+
 KINDS = {
     nn.Conv2d: "convolution",
     nn.Linear: "linear layer",
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--peak_side", type=int, help="of the matrices that the peak is measured with")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the command line does
 
     device, dtype = PartialState().device, getattr(torch, arguments.dtype)
     pipe = load_model(arguments.model, device)

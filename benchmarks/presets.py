@@ -23,6 +23,7 @@ from measure import PRESETS, count_flops, in_turns, load_model, machine, matrix_
 
 from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.evaluation import TestPictures, load_test_pictures
+from diffusionad_pipe.freed_memory import keep_freed_memory
 from diffusionad_pipe.metrics import evaluate_maps
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "au_pro_0.30")
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--metric", choices=METRICS, default="pixel_ap", help="of the chart")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the command line does
 
     device = PartialState().device
     test = load_test_pictures(arguments.data, None)[0]

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from measure import GIB, Timing, load_model, machine, peak_memory, print_table, write_json
 from PIL import Image
 
+from diffusionad_pipe.freed_memory import keep_freed_memory
 from diffusionad_pipe.tiling import tile_starts
 
 
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the command line does
 
     device = PartialState().device
     pipe = load_model(arguments.model, device, getattr(torch, arguments.dtype))
