@@ -372,9 +372,11 @@ class DiffusionADPipeline(DiffusionPipeline):
     ) -> Iterator[DiffusionADPipelineOutput]:
         """Detect anomalies in any number of pictures, while the next are read and the last are being used.
 
-        One thread takes pictures from `images` and resizes them, a second runs the networks, and this iterator makes
-        the output: `for output in pipe.stream(map(open_image, files)): ...` decodes, predicts and saves at once. At
-        most two batches wait between two stages. A picture's output is that of a call with the same batch size.
+        `for output in pipe.stream(map(open_image, files)): ...` decodes, predicts and saves at once: one thread takes
+        pictures from `images` and resizes them, a second runs the networks, and this iterator makes the output; at
+        most two batches wait between two stages. On a CPU only `images` has a thread of its own, at most a batch
+        ahead: the networks use every core, and what runs beside them makes them wait. A picture's output is that of a
+        call with the same batch size.
 
         Args:
             images: single pictures of any kind and size; an iterator is read in the background, as results are asked
@@ -401,23 +403,25 @@ class DiffusionADPipeline(DiffusionPipeline):
     def _stream(
         self, images: Iterable[Image], batch_size: int, output_type: str, arguments: dict[str, Any]
     ) -> Iterator[DiffusionADPipelineOutput]:
+        on_cpu = self._execution_device.type == "cpu"
+        ahead: Callable[[Iterable[Any]], Iterator[Any]] = iter if on_cpu else prefetched
         if self.tiling is not None:
-            yield from prefetched(self(image, output_type=output_type, **arguments) for image in prefetched(images))
+            yield from ahead(self(image, output_type=output_type, **arguments) for image in prefetched(images))
             return
         height, width = arguments.pop("height", None), arguments.pop("width", None)
         height = self.round_size(self.config.image_size if height is None else height, "height")
         width = self.round_size(self.config.image_size if width is None else width, "width")
 
         def preprocess() -> Iterator[tuple[torch.Tensor, list[tuple[int, int]]]]:
-            remaining = iter(images)
+            remaining = prefetched(images, batch_size) if on_cpu else iter(images)
             while batch := list(islice(remaining, batch_size)):
                 yield self.image_processor.preprocess(batch, height, width)
 
         def detect() -> Iterator[tuple[Any, list[tuple[int, int]]]]:
-            for pictures, sizes in prefetched(preprocess()):
+            for pictures, sizes in ahead(preprocess()):
                 yield self(pictures, height=height, width=width, output_type="pt", **arguments), sizes
 
-        for output, sizes in prefetched(detect()):
+        for output, sizes in ahead(detect()):
             for index, size in enumerate(sizes):
                 item = slice(index, index + 1)
                 yield self.to_output(output.anomaly_maps[item], output.reconstructions[item], [size], output_type)
