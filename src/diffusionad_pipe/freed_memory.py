@@ -5,7 +5,7 @@ from contextlib import suppress
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT = -1, 2**30  # -1: never
+KEPT = -1, 2**28  # never trimmed; larger buffers, those of pictures of many megapixels, are still given back
 
 
 def keep_freed_memory() -> bool:
