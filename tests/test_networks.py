@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusionad_pipe import DiffusionADUNet2DModel, SegmentationUNet2DModel, paper_unet_config
+from diffusionad_pipe.group_norm import GroupNorm, replace_group_norms
 
 
 def tiny_unet(**options) -> DiffusionADUNet2DModel:
@@ -54,6 +55,33 @@ def test_half_precision_is_close(dtype: torch.dtype) -> None:
     actual = unet.to(dtype)(images.to(dtype), 100).sample
     assert actual.dtype == dtype
     torch.testing.assert_close(actual.float(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 64, 16, 16), (2, 64, 32, 32), (2, 512, 8, 8), (2, 64, 256)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_group_norm_is_torchs_in_any_layout(dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool) -> None:
+    torch.manual_seed(0)
+    plain, features = torch.nn.GroupNorm(32, shape[1]).to(dtype), torch.randn(shape)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter)
+    expected = plain.float()(features.to(dtype).float())
+    network = torch.nn.Sequential(plain.to(dtype))
+    replace_group_norms(network)
+    assert type(network[0]) is GroupNorm and set(network.state_dict()) == {"0.weight", "0.bias"}
+    network[0].load_state_dict(plain.state_dict())
+    features = features.to(dtype)
+    if channels_last and len(shape) == 4:
+        features = features.contiguous(memory_format=torch.channels_last)
+    actual = network.to(dtype)(features)
+    assert actual.stride() == features.stride() and actual.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_unet_has_no_other_group_norm() -> None:
+    norms = [module for module in tiny_unet().modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert len(norms) > 20 and {type(norm) for norm in norms} == {GroupNorm}
 
 
 def test_heads_can_differ_by_level() -> None:

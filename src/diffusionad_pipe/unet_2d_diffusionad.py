@@ -18,6 +18,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from .config_values import is_finite, is_whole
+from .group_norm import replace_group_norms
 
 # Channel multipliers of the authors' network by picture side. Attention sits where the features are 32, 16 or
 # 8 pixels wide. The authors' code crashes at 512; here its first level really is half as wide as the base.
@@ -190,6 +191,7 @@ class DiffusionADUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], eps=norm_eps)
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(block_out_channels[0], out_channels * patch_size**2, kernel_size=3, padding=1)
+        replace_group_norms(self)
 
         # Every residual branch starts as the identity, and the network as zero (the authors' zero_module).
         zero_layers: list[nn.Module] = [self.conv_out]
