@@ -7,7 +7,7 @@ PICTURES := training/data/hazelnut_toy/hazelnut/test
 TRAIN := $(BIN)/accelerate launch --num_processes 1 training/train.py
 resume = $(if $(wildcard runs/$(1)/checkpoint-*),--resume_from_checkpoint latest)
 
-.PHONY: demo test quality space train-hazelnut evaluate clean
+.PHONY: demo test quality space train-hazelnut train-hazelnut-fast evaluate clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ space: $(VENV)/installed  ## the Gradio demo on this machine
 train-hazelnut: $(VENV)/installed  ## train the shipped model again, in two runs (on, after an interruption)
 	$(TRAIN) --config training/configs/hazelnut_first.yaml --output_dir runs/hazelnut_first $(call resume,hazelnut_first)
 	$(TRAIN) --config training/configs/hazelnut.yaml --output_dir runs/hazelnut $(call resume,hazelnut)
+
+train-hazelnut-fast: $(VENV)/installed  ## train the fast model again: a teacher, then its student
+	$(TRAIN) --config training/configs/hazelnut_tiny.yaml --output_dir runs/hazelnut_tiny $(call resume,hazelnut_tiny)
+	$(TRAIN) --config training/configs/hazelnut_fast.yaml --output_dir runs/hazelnut_fast $(call resume,hazelnut_fast)
 
 evaluate: $(VENV)/installed  ## the figures of the README
 	$(BIN)/diffusionad evaluate --model $(MODEL) --data training/data/hazelnut_toy/hazelnut --output evaluation
