@@ -23,10 +23,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+LIBRARY, VERSION = platform.libc_ver()
+
+
+@pytest.mark.skipif(LIBRARY != "glibc", reason="mallopt is glibc's")
+@pytest.mark.skipif(VERSION.split(".") < ["2", "35"], reason="glibc before 2.35 maps buffers above 32 MB anew")
 def test_freed_memory_is_used_again() -> None:
     kept, returned = (
         int(subprocess.run([sys.executable, "-c", PAGES, how], capture_output=True, text=True, check=True).stdout)
         for how in ("keep", "return")
     )
-    assert kept < 1000 < 100_000 < returned
+    assert kept < returned / 10

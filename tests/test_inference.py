@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +24,23 @@ def pictures(count: int, size: int = 32) -> list[Image.Image]:
     return [Image.fromarray(random.randint(0, 256, (size, size + i, 3), dtype=np.uint8)) for i in range(count)]
 
 
-def test_a_stream_is_the_call(tiny_pipeline: DiffusionADPipeline) -> None:
+def stream(pipe: DiffusionADPipeline, images: Iterable, overlapped: bool, **arguments: Any) -> Iterator:
+    """`pipe.stream` as it is on a CPU, or as on a GPU, where the stages overlap too."""
+    if not overlapped:
+        return pipe.stream(images, **arguments)
+    return pipe._stream(images, arguments["batch_size"], arguments.pop("output_type", "pil"), arguments, True)
+
+
+OVERLAPPED = pytest.mark.parametrize("overlapped", [False, True])
+
+
+@OVERLAPPED
+def test_a_stream_is_the_call(overlapped: bool, tiny_pipeline: DiffusionADPipeline) -> None:
     tiny_pipeline.register_to_config(image_threshold=0.5, pixel_threshold=0.5)
     images = pictures(5)
     called = tiny_pipeline(images, batch_size=2, output_type="np", guidance_scale=0.5, height=64)
-    streamed = list(tiny_pipeline.stream(iter(images), batch_size=2, output_type="np", guidance_scale=0.5, height=64))
+    settings = {"batch_size": 2, "output_type": "np", "guidance_scale": 0.5, "height": 64}
+    streamed = list(stream(tiny_pipeline, iter(images), overlapped, **settings))
     assert len(streamed) == 5
     for index, output in enumerate(streamed):
         for name in ("anomaly_maps", "anomaly_scores", "reconstructions", "predicted_masks", "is_anomalous"):
@@ -39,11 +52,12 @@ def test_a_stream_is_the_call(tiny_pipeline: DiffusionADPipeline) -> None:
 def test_a_generator_draws_in_a_stream_as_in_a_call(tiny_pipeline: DiffusionADPipeline) -> None:
     images = pictures(3)
     called = tiny_pipeline(images, batch_size=2, generator=torch.Generator().manual_seed(5), output_type="np")
-    stream = tiny_pipeline.stream(images, batch_size=2, generator=torch.Generator().manual_seed(5), output_type="np")
-    assert [output.anomaly_scores[0] for output in stream] == called.anomaly_scores.tolist()
+    outputs = tiny_pipeline.stream(images, batch_size=2, generator=torch.Generator().manual_seed(5), output_type="np")
+    assert [output.anomaly_scores[0] for output in outputs] == called.anomaly_scores.tolist()
 
 
-def test_a_stream_reads_ahead_but_not_far(tiny_pipeline: DiffusionADPipeline) -> None:
+@OVERLAPPED
+def test_a_stream_reads_ahead_but_not_far(overlapped: bool, tiny_pipeline: DiffusionADPipeline) -> None:
     read: list[threading.Thread] = []
 
     def endless() -> Iterator[Image.Image]:
@@ -51,34 +65,37 @@ def test_a_stream_reads_ahead_but_not_far(tiny_pipeline: DiffusionADPipeline) ->
             read.append(threading.current_thread())
             yield pictures(1)[0]
 
-    stream = tiny_pipeline.stream(endless(), batch_size=1)
+    outputs = stream(tiny_pipeline, endless(), overlapped, batch_size=1)
     assert not read
     for _ in range(3):
-        next(stream)
+        next(outputs)
     assert threading.current_thread() not in read
     time.sleep(1)
     count = len(read)
     assert 3 < count < 20
-    stream.close()
+    outputs.close()
     for thread in set(read):
         thread.join(30)
         assert not thread.is_alive()
     assert len(read) <= count + 2
 
 
-def test_an_error_in_a_stream_comes_after_the_good_outputs(tiny_pipeline: DiffusionADPipeline) -> None:
+@OVERLAPPED
+def test_an_error_in_a_stream_comes_after_the_good_outputs(
+    overlapped: bool, tiny_pipeline: DiffusionADPipeline
+) -> None:
     def some_break() -> Iterator[Image.Image]:
         yield from pictures(2)
         raise OSError("the camera was unplugged")
 
-    stream = tiny_pipeline.stream(some_break(), batch_size=1)
-    next(stream), next(stream)
+    outputs = stream(tiny_pipeline, some_break(), overlapped, batch_size=1)
+    next(outputs), next(outputs)
     with pytest.raises(OSError, match="unplugged"):
-        next(stream)
-    stream = tiny_pipeline.stream([*pictures(1), np.full((32, 32, 3), 7.0)], batch_size=1)
-    next(stream)
+        next(outputs)
+    outputs = stream(tiny_pipeline, [*pictures(1), np.full((32, 32, 3), 7.0)], overlapped, batch_size=1)
+    next(outputs)
     with pytest.raises(ValueError, match="divide 0..255"):
-        next(stream)
+        next(outputs)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +136,16 @@ def test_outputs_can_be_used_for_training(tiny_pipeline: DiffusionADPipeline) ->
     weight = torch.ones(1, requires_grad=True)
     (weight * output.anomaly_maps).sum().backward()
     output.reconstructions.mul_(2)
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "pretrained").iterdir()), ids=lambda folder: folder.name)
+def test_a_shipped_model_tells_a_stained_nut_from_a_good_one(folder: Path) -> None:
+    pipe = DiffusionADPipeline.from_pretrained(folder)
+    output = pipe([open_image(HAZELNUT / "test" / name) for name in ("colour/00.jpg", "good/04.jpg")], output_type="np")
+    assert output.is_anomalous.tolist() == [True, False]
+    truth = np.asarray(Image.open(HAZELNUT / "ground_truth" / "colour" / "00.png")) > 0
+    found, good = output.predicted_masks[..., 0]
+    assert found[truth].mean() > 0.5 > found[~truth].mean() * 20 and good.mean() < 0.01
 
 
 def test_bfloat16_maps_are_close() -> None:

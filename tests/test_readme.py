@@ -82,11 +82,15 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             capture_output=True,
             text=True,
         ).stdout.replace("\\\n", " ")
-        recipe = recipe[recipe.rindex(".venv/bin/") + len(".venv/bin/") :].strip()
+        lines = [line.strip() for line in recipe.split(".venv/bin/")[1:]]
+        for line in lines:
+            if "train.py" in line:
+                config = parse_arguments(shlex.split(line.partition("train.py ")[2]), None)
+                assert config.max_train_steps > 0
+        recipe = lines[-1]
         if "train.py" in recipe:
-            config = parse_arguments(shlex.split(recipe.partition("train.py ")[2]), None)
-            assert config.max_train_steps > 0
             return
+        assert all((ROOT / model).is_dir() for model in re.findall(r"pretrained/\w+", recipe))
         recipe = re.sub(r"pretrained/\w+", "runs/mine", recipe)
         recipe = recipe.replace("training/data/hazelnut_toy/hazelnut", "DATASET")
         program, *arguments = shlex.split(recipe)

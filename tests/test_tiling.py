@@ -243,6 +243,7 @@ def test_bad_tilings(tiny_pipeline: DiffusionADPipeline, arguments: dict, cause:
         (np.zeros((64, 64, 3), np.uint8), {"small_timestep": 500}, "in order"),
         ([np.zeros((64, 64, 3)), np.full((64, 64, 3), np.nan)], {}, "picture 1.*NaN"),
         ([np.zeros((64, 64, 3)), "path.png"], {}, "picture 1.*open_image"),
+        ([np.zeros((16, 16, 3)), np.full((16, 16, 3), 7.0)], {}, "picture 1.*divide 0..255"),
         ([], {}, "at least one"),
     ],
 )

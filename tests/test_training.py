@@ -412,7 +412,11 @@ def test_unusable_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "cannot be read" in refusal(capsys, "--config", "no/such.yaml")
     assert "cannot be read" in refusal(capsys, "--config", written("a: [1"))
     assert "name: value" in refusal(capsys, "--config", written("- 1"))
-    assert "kind int" in refusal(capsys, "--config", written("resolution: wide"))
+    for resolution in ("wide", "255.5", "true"):
+        assert "kind int" in refusal(capsys, "--config", written(f"resolution: {resolution}"))
+    assert "kind float" in refusal(capsys, "--config", written("rotation: true"))
+    assert "share from 0 to 1" in refusal(capsys, "--thin_line_probability", "30")
+    assert "share from 0 to 1" in refusal(capsys, "--config", written("validation_fraction: -0.1"))
     assert "kind bool" in refusal(capsys, "--config", written("vertical_flip: 'no'"))
     assert "kind tuple" in refusal(capsys, "--config", written("block_out_channels: 64"))
     assert "none, random, threshold" in refusal(capsys, "--config", written("foreground: salient"))
@@ -430,6 +434,14 @@ def test_the_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path: Path
     assert (config.learning_rate, config.train_batch_size) == (3e-4, 2)
     config = training_config.parse_arguments(["--config", str(path), "--preset", "tiny"], None)
     assert (config.resolution, config.prediction_type) == (128, "sample")
+
+
+def test_the_default_is_the_preset_small() -> None:
+    default, small = (
+        training_config.parse_arguments([*preset, "--train_data_dir", "x"], None)
+        for preset in ((), ("--preset", "small"))
+    )
+    assert default == small
 
 
 @pytest.mark.parametrize("preset", training_config.PRESETS)

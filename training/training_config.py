@@ -54,9 +54,9 @@ class TrainingConfig:
     prediction_type: str = "sample"  # what the UNet predicts: epsilon (the paper), sample or v_prediction
     patch_size: int = 4  # side of the patches that become channels; the paper: 1
     block_out_channels: tuple[int, ...] = (64, 128, 192)  # width of each level of the UNet
-    attention_size: int = 32  # self-attention where features are 8 to so many pixels wide; the paper: 32
+    attention_size: int = 16  # self-attention where features are 8 to so many pixels wide; the paper: 32
     num_attention_heads: int = 4
-    segmentation_channels: int = 16  # width of the segmentation network; the paper: 64
+    segmentation_channels: int = 32  # width of the segmentation network; the paper: 64
     segmentation_norm: str = "group"  # batch (the paper) or group
     small_timestep: int = 200  # noise scales at inference
     large_timestep: int = 400
@@ -171,6 +171,8 @@ def parse_arguments(arguments: list[str], description: str | None) -> TrainingCo
             settings[name] = _convert(value, kinds[name])
         except (TypeError, ValueError):
             parser.error(f"{config_file}: {name} must be of the kind {kinds[name].__name__}, not {value!r}")
+        if name.endswith(("_probability", "_fraction")) and not 0 <= settings[name] <= 1:
+            parser.error(f"{config_file or '--' + name}: {name} must be a share from 0 to 1, not {value!r}")
         if name in CHOICES and settings[name] not in CHOICES[name]:
             parser.error(f"{config_file}: {name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
     config = TrainingConfig(**settings)
@@ -218,11 +220,13 @@ def _convert(value: typing.Any, kind: typing.Any) -> typing.Any:
     if value is None:
         return None
     if kind is tuple:
-        return tuple(int(element) for element in value)
+        return tuple(_convert(element, int) for element in value)
     if kind is bool or (kind is str and not isinstance(value, str)):
         if not isinstance(value, bool) or kind is str:
             raise TypeError
         return value
+    if isinstance(value, bool) or (kind is int and float(value) != int(value)):  # true would be 1, and 1.9 too
+        raise TypeError
     return kind(value)  # YAML reads 1e-4 as a string
 
 

@@ -5,7 +5,9 @@ from contextlib import suppress
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT = -1, 2**28  # never trimmed; larger buffers, those of pictures of many megapixels, are still given back
+NEVER = -1
+# Larger buffers, those of pictures of many megapixels, are still given back. Before 2.35 glibc took no more than 32 MB.
+KEPT = 2**28, 2**25
 
 
 def keep_freed_memory() -> bool:
@@ -21,6 +23,6 @@ def keep_freed_memory() -> bool:
     """
     with suppress(OSError, TypeError, AttributeError):  # Windows has no such handle, other C libraries no mallopt
         mallopt = ctypes.CDLL(None).mallopt
-        trim, mmap = KEPT
-        return bool(mallopt(M_TRIM_THRESHOLD, trim) and mallopt(M_MMAP_THRESHOLD, mmap))
+        # In this order: never to trim alone would fix glibc's own, much lower threshold for what it maps anew.
+        return any(mallopt(M_MMAP_THRESHOLD, size) for size in KEPT) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
     return False

@@ -393,13 +393,13 @@ class DiffusionADPipeline(DiffusionPipeline):
             raise ValueError("the number of pictures in a stream is not known: give one generator for all, or none")
         if "return_dict" in arguments:
             raise ValueError("a stream yields outputs, not tuples: leave return_dict out")
-        return self._stream(images, batch_size, output_type, {**arguments, "batch_size": batch_size})
+        overlapped = self._execution_device.type != "cpu"
+        return self._stream(images, batch_size, output_type, {**arguments, "batch_size": batch_size}, overlapped)
 
     def _stream(
-        self, images: Iterable[Image], batch_size: int, output_type: str, arguments: dict[str, Any]
+        self, images: Iterable[Image], batch_size: int, output_type: str, arguments: dict[str, Any], overlapped: bool
     ) -> Iterator[DiffusionADPipelineOutput]:
-        on_cpu = self._execution_device.type == "cpu"
-        ahead: Callable[[Iterable[Any]], Iterator[Any]] = iter if on_cpu else prefetched
+        ahead: Callable[[Iterable[Any]], Iterator[Any]] = prefetched if overlapped else iter
         if self.tiling is not None:
             yield from ahead(self(image, output_type=output_type, **arguments) for image in prefetched(images))
             return
@@ -408,9 +408,11 @@ class DiffusionADPipeline(DiffusionPipeline):
         width = self.round_size(self.config.image_size if width is None else width, "width")
 
         def preprocess() -> Iterator[tuple[torch.Tensor, list[tuple[int, int]]]]:
-            remaining = prefetched(images, batch_size) if on_cpu else iter(images)
+            remaining = iter(images) if overlapped else prefetched(images, batch_size)
             while batch := list(islice(remaining, batch_size)):
-                yield self.image_processor.preprocess(batch, height, width)
+                prepared = self.image_processor.preprocess(batch, height, width)
+                del batch  # pictures of full size need not wait for the networks
+                yield prepared
 
         def detect() -> Iterator[tuple[Any, list[tuple[int, int]]]]:
             for pictures, sizes in ahead(preprocess()):

@@ -129,7 +129,8 @@ def call_in_tiles(
         size = pipe.image_processor.size(array)
         working = (size[0] if height is None else height, size[1] if width is None else width)
         if max(working) <= tiling.tile_size:
-            outputs.append(untiled(picture, height=height, width=width, generator=own, **scales, **arguments))
+            with pipe.image_processor.named(index, len(pictures)):
+                outputs.append(untiled(picture, height=height, width=width, generator=own, **scales, **arguments))
             continue
         # A side shorter than a tile must still be one that the networks can take; the others stay as they are.
         sides = [side if side > tiling.tile_size else pipe.round_size(side, "side") for side in working]
