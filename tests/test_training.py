@@ -416,7 +416,8 @@ def test_unusable_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert "kind int" in refusal(capsys, "--config", written(f"resolution: {resolution}"))
     assert "kind float" in refusal(capsys, "--config", written("rotation: true"))
     assert "share from 0 to 1" in refusal(capsys, "--thin_line_probability", "30")
-    assert "share from 0 to 1" in refusal(capsys, "--config", written("validation_fraction: -0.1"))
+    for share in ("-0.1", "null"):
+        assert "share from 0 to 1" in refusal(capsys, "--config", written(f"validation_fraction: {share}"))
     assert "kind bool" in refusal(capsys, "--config", written("vertical_flip: 'no'"))
     assert "kind tuple" in refusal(capsys, "--config", written("block_out_channels: 64"))
     assert "none, random, threshold" in refusal(capsys, "--config", written("foreground: salient"))

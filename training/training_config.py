@@ -171,7 +171,8 @@ def parse_arguments(arguments: list[str], description: str | None) -> TrainingCo
             settings[name] = _convert(value, kinds[name])
         except (TypeError, ValueError):
             parser.error(f"{config_file}: {name} must be of the kind {kinds[name].__name__}, not {value!r}")
-        if name.endswith(("_probability", "_fraction")) and not 0 <= settings[name] <= 1:
+        is_share = name.endswith(("_probability", "_fraction"))
+        if is_share and (settings[name] is None or not 0 <= settings[name] <= 1):
             parser.error(f"{config_file or '--' + name}: {name} must be a share from 0 to 1, not {value!r}")
         if name in CHOICES and settings[name] not in CHOICES[name]:
             parser.error(f"{config_file}: {name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
