@@ -4,13 +4,15 @@
     python benchmarks/presets.py runs/tiny runs/small --data training/data/hazelnut_toy/hazelnut --chart presets.png
 
 Each model is timed from picture file to map, streaming the test pictures in batches, in turns with the others, in
-float32 and bfloat16, and with `--compile` compiled too. Accuracy is that of trained models on the same pictures:
+float32 and bfloat16, with `--compile` compiled too, and with `--int8` as OpenVINO runs it, quantized by good pictures of the
+training split. Accuracy is that of trained models on the same pictures:
 presets (tiny, small, base, paper) have random weights. Nothing is chosen by it. The share of the peak counts the
 convolutions and matrix products of both networks; the peak is that of a product of two large matrices of the same
 dtype, measured in the same run.
 """
 
 import argparse
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,17 @@ from accelerate import PartialState
 from measure import PRESETS, count_flops, in_turns, load_model, machine, matrix_peak, print_table, write_json
 
 from diffusionad_pipe import DiffusionADPipeline
+from diffusionad_pipe.data import load_anomaly_dataset
 from diffusionad_pipe.evaluation import TestPictures, load_test_pictures
+from diffusionad_pipe.export import export_detector
+from diffusionad_pipe.exported import ExportedDetector, to_rgb_uint8
 from diffusionad_pipe.freed_memory import keep_freed_memory
 from diffusionad_pipe.metrics import evaluate_maps
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "au_pro_0.30")
 FORMS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Quantized, with what is left in between in float32, and in bfloat16.
+INT8_FORMS = {"OpenVINO, int8": {}, "OpenVINO, int8 and bfloat16": {"INFERENCE_PRECISION_HINT": "bf16"}}
 
 
 def draw_chart(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
@@ -64,6 +71,16 @@ def accuracy(outputs: list[Any], test: TestPictures, chosen: range) -> dict[str,
     return {key: metrics[key] for key in METRICS}
 
 
+def quantized(pipe: DiffusionADPipeline, data: str) -> dict[str, ExportedDetector]:
+    """The float32 pipeline in each of `INT8_FORMS`."""
+    good = [to_rgb_uint8(picture) for picture in load_anomaly_dataset(data)["train"]["image"][:100]]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "detector.xml")
+        export_detector(pipe, path, "openvino", int8=True, calibration=good)
+        threads = torch.get_num_threads()
+        return {form: ExportedDetector(path, threads=threads, options=o) for form, o in INT8_FORMS.items()}
+
+
 def flops_of_a_picture(pipe: DiffusionADPipeline) -> int:
     """Of the UNet's passes and the segmentation network."""
     size, scales = pipe.config.image_size, pipe.scheduler.num_scales
@@ -81,6 +98,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--pictures", type=int, help="use only so many test pictures, spread over all")
     parser.add_argument("--compile", action="store_true", help="also compiled: takes minutes before")
+    parser.add_argument("--int8", action="store_true", help="also exported to OpenVINO and quantized")
     parser.add_argument("--peak_side", type=int, help="of the matrices that the peak is measured with")
     parser.add_argument("--chart", type=Path, help="also draw the chart into this PNG file")
     parser.add_argument("--metric", choices=METRICS, default="pixel_ap", help="of the chart")
@@ -91,17 +109,20 @@ def main() -> None:
     device = PartialState().device
     test = load_test_pictures(arguments.data, None)[0]
     chosen = range(0, len(test), -(-len(test) // (arguments.pictures or len(test))))
-    pipes: dict[tuple[str, str], DiffusionADPipeline] = {}
-    flops = {}
+    pipes: dict[tuple[str, str], DiffusionADPipeline | ExportedDetector] = {}
+    flops, sides = {}, {}
     for model in arguments.models:
+        in_float32 = load_model(model, device)
+        flops[model], sides[model] = flops_of_a_picture(in_float32), in_float32.config.image_size
         for form, dtype in FORMS.items():
             pipes[model, form] = load_model(model, device, dtype)
             compiled = load_model(model, device, dtype) if arguments.compile else None
             if compiled is not None and compiled.compile():
                 pipes[model, f"{form}, compiled"] = compiled
-        flops[model] = flops_of_a_picture(pipes[model, "float32"])
+        if arguments.int8:
+            pipes |= {(model, form): found for form, found in quantized(in_float32, arguments.data).items()}
 
-    def stream(pipe: DiffusionADPipeline) -> Callable[[], list[Any]]:
+    def stream(pipe: DiffusionADPipeline | ExportedDetector) -> Callable[[], list[Any]]:
         return lambda: list(
             pipe.stream((test.picture(i) for i in chosen), batch_size=arguments.batch_size, output_type="np")
         )
@@ -112,16 +133,17 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for (model, form), pipe in pipes.items():
         seconds = [value / len(chosen) for value in timings[f"{model}|{form}"]]
+        peak = peaks.get(form.partition(",")[0])  # of int8 none was measured
         rows.append(
             {
                 "model": model if model in PRESETS else Path(model).name,
                 "form": form,
-                "image_size": pipe.config.image_size,
+                "image_size": sides[model],
                 "flops": flops[model],
                 "seconds": seconds[0],
                 "seconds_lowest": seconds[1],
                 "seconds_highest": seconds[2],
-                "share_of_peak": flops[model] / seconds[0] / peaks[form.partition(",")[0]],
+                "share_of_peak": flops[model] / seconds[0] / peak if peak else None,
                 **({} if model in PRESETS else accuracy(stream(pipe)(), test, chosen)),
             }
         )
@@ -136,7 +158,7 @@ def main() -> None:
         speed = (
             f"{1000 * row['seconds']:.4g} ({1000 * row['seconds_lowest']:.4g} ... {1000 * row['seconds_highest']:.4g})",
             f"{1 / row['seconds']:.3g}",
-            f"{row['share_of_peak']:.0%}",
+            f"{row['share_of_peak']:.0%}" if row["share_of_peak"] else "",
         )
         metrics = (f"{row[key]:.4f}" if key in row else "" for key in METRICS)
         shown.append((row["model"], row["form"], row["image_size"], f"{row['flops'] / 1e9:.4g}", *speed, *metrics))

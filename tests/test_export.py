@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +104,29 @@ def test_kinds_of_pictures_and_thresholds(pipe: DiffusionADPipeline, folder: Pat
     assert detector(np.stack([PICTURES[1]] * 3), batch_size=3, output_type="np").anomaly_maps.shape == (3, 50, 40, 1)
 
 
+def test_stream(folder: Path) -> None:
+    detector = ExportedDetector(folder / "d.onnx")
+    kinds = [*PICTURES[:2], PICTURES[1], PICTURES[1][..., 0]]  # three of one size in turn
+    outputs = list(detector.stream(iter(kinds), batch_size=3, output_type="np"))
+    for picture, output in zip(kinds, outputs, strict=True):
+        alone = detector(picture, output_type="np")
+        np.testing.assert_allclose(output.anomaly_scores, alone.anomaly_scores, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(output.anomaly_maps, alone.anomaly_maps, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(output.reconstructions, alone.reconstructions, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(output.predicted_masks, alone.predicted_masks)
+
+    def damaged() -> Iterator[np.ndarray]:
+        yield PICTURES[0]
+        raise OSError("the next file is damaged")
+
+    outputs = detector.stream(damaged(), batch_size=1)
+    assert next(outputs).anomaly_maps[0].size == PICTURES[0].shape[1::-1]
+    with pytest.raises(OSError, match="damaged"):
+        next(outputs)
+    with pytest.raises(ValueError, match=r"1 \.\.\. 16"):  # at once, not with the first output
+        detector.stream([], batch_size=0)
+
+
 def test_without_torch(pipe: DiffusionADPipeline, folder: Path) -> None:
     Image.fromarray(PICTURES[1]).save(folder / "picture.png")
     script = """
@@ -114,7 +137,7 @@ from diffusionad_pipe import open_image
 from diffusionad_pipe.exported import ExportedDetector
 folder = sys.argv[1]
 for name in ("d.onnx", "d.xml"):
-    output = ExportedDetector(f"{folder}/{name}")(open_image(f"{folder}/picture.png"))
+    output, = ExportedDetector(f"{folder}/{name}").stream([open_image(f"{folder}/picture.png")])
     print(output.anomaly_scores[0], output.anomaly_maps[0].size)
 """
     done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=600)

@@ -269,6 +269,7 @@ def write_openvino(source: Path, path: Path, metadata: str, calibration: list[ND
             subset_size=len(calibration),
             ignored_scope=nncf.IgnoredScope(types=["Interpolate", "TopK", "ReduceMean"], validate=False),
         )
+    resize_by_products(model)  # after quantization, which would round the pictures' pixels to 8 bits once more
     model.set_rt_info(metadata, METADATA_KEY)
     written = source.with_name(path.name)
     openvino.save_model(model, written, compress_to_fp16=False)
@@ -296,6 +297,38 @@ def antialias(model: "openvino.Model") -> None:
             axes=np.array([2, 3]),
         )
         node.output(0).replace(replacement.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def resize_by_products(model: "openvino.Model") -> None:
+    """Replace `bilinear_pillow`, which computes one channel on one core, by the products of matrices that it is, along
+    the width and along the height: the same to float32's rounding, and several times as fast."""
+    from openvino import opset13
+
+    def weights(before: "openvino.Node", after: "openvino.Node") -> "openvino.Node":
+        """Of each pixel before, in each pixel after: a triangle around it, `[before, after]` for two scalar sides."""
+        before, after = (opset13.convert(side, "f32") for side in (before, after))
+        zero, half, one = (np.float32(value) for value in (0, 0.5, 1))
+        scale = opset13.divide(before, after)
+        sources, targets = (
+            opset13.add(opset13.range(zero, side, one, output_type="f32"), half) for side in (before, after)
+        )
+        offsets = opset13.subtract(opset13.unsqueeze(sources, np.array(1)), opset13.multiply(targets, scale))
+        distances = opset13.abs(opset13.divide(offsets, opset13.maximum(scale, one)))  # as wide as a pixel after
+        triangles = opset13.maximum(opset13.subtract(one, distances), zero)
+        return opset13.divide(triangles, opset13.reduce_sum(triangles, np.array([0]), keep_dims=True))
+
+    def item(sides: "openvino.Node", index: int) -> "openvino.Node":
+        return opset13.gather(sides, np.array(index), np.array(0))
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Interpolate" or node.get_attributes().get("mode") != "bilinear_pillow":
+            continue
+        pictures, after = node.input_value(0), node.input_value(1)  # [B, C, H, W]; height and width to be
+        before = opset13.shape_of(pictures)
+        wide = opset13.matmul(pictures, weights(item(before, 3), item(after, 1)), False, False)
+        resized = opset13.matmul(weights(item(before, 2), item(after, 0)), wide, True, False)
+        node.output(0).replace(resized.output(0))
     model.validate_nodes_and_infer_types()
 
 

@@ -11,8 +11,9 @@ openvino.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,14 +23,18 @@ from PIL import Image
 
 from .config_values import is_finite
 from .pil_modes import read_pil
+from .prefetch import prefetched
 
 Picture: TypeAlias = Image.Image | NDArray[Any]
 # Pictures [B, H, W, 3] uint8 -> maps [B, H, W], scores [B], reconstructions [B, H, W, 3], all float32.
 Graph: TypeAlias = Callable[[NDArray[np.uint8]], Sequence[NDArray[np.float32]]]
+# Of one picture: map [H, W, 1], score [] and reconstruction [H, W, 3].
+Found: TypeAlias = tuple[NDArray[np.float32], np.float32, NDArray[np.float32]]
 
 FORMAT_VERSION = 1  # raised when this module could no longer run an older file, or an older module a newer file
 METADATA_KEY = "diffusionad"
 LARGEST_BATCH = 16
+STREAM_BATCH = 8
 MAX_ASPECT_RATIO = 32  # as the pipeline's
 SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}
 
@@ -129,8 +134,7 @@ class ExportedDetector:
             image: a picture, or a list of pictures of any sizes: PIL, or arrays `[H, W]` or `[H, W, 1|3|4]` (bool,
                 uint8, uint16, or floats in [0, 1]; the graph takes 8 bits a channel, so finer values are rounded), or a
                 batched array `[B, H, W, C]`.
-            batch_size: pictures of one size in one run of the graph, at most 16; None is 1, which is the fastest on
-                most CPUs.
+            batch_size: pictures of one size in one run of the graph, at most 16; None is 1.
             output_type: `"pil"` or `"np"`.
             return_dict: False returns a tuple in the order of the output's fields.
 
@@ -141,43 +145,78 @@ class ExportedDetector:
             TypeError: for something that is not a picture.
             ValueError: for pictures or arguments that cannot be used, and a file that gives NaN.
         """
-        batch_size = 1 if batch_size is None else batch_size
-        if not 1 <= batch_size <= LARGEST_BATCH:
-            raise ValueError(f"batch_size={batch_size} must be 1 ... {LARGEST_BATCH}")
-        if output_type not in ("pil", "np"):
-            raise ValueError(f"output_type must be 'pil' or 'np', not {output_type!r}")
+        batch_size = _check_arguments(1 if batch_size is None else batch_size, output_type)
         pictures = [to_rgb_uint8(picture) for picture in _split(image)]
+        output = self._to_output(list(self._detect(pictures, batch_size)), output_type)
+        return output if return_dict else tuple(getattr(output, name) for name in output.__dataclass_fields__)
 
-        maps: list[NDArray[np.float32]] = []
-        scores: list[np.float32] = []
-        reconstructions: list[NDArray[np.float32]] = []
-        while len(maps) < len(pictures):
-            first = pictures[len(maps)]
-            batch = pictures[len(maps) : len(maps) + batch_size]
-            count = next((i for i, picture in enumerate(batch) if picture.shape != first.shape), len(batch))
-            results = self.graph(np.stack(batch[:count]))
-            finite = np.all(
-                [np.isfinite(result).reshape(count, -1).all(axis=1) for result in results], axis=0
-            )  # [count]
-            if not finite.all():  # NaN is above no threshold, so the picture would pass as good
-                raise ValueError(
-                    f"{self.path} gave NaN for picture {len(maps) + finite.argmin()}: its weights are broken, or half "
-                    "precision overflowed; export it again, or run it in float32"
-                )
-            maps += list(results[0][..., None])  # [H, W, 1]
-            scores += list(results[1])
-            reconstructions += list(results[2])  # [H, W, 3]
+    def stream(
+        self, images: Iterable[Picture], *, batch_size: int | None = None, output_type: str = "pil"
+    ) -> Iterator[ExportedDetectorOutput]:
+        """Detect anomalies in any number of pictures, while a thread decodes the next.
 
+        Args:
+            images: single pictures of any kind and size; an iterator is read in the background, as results are asked
+                for, and at most a batch ahead.
+            batch_size: pictures of one size in one run of the graph, at most 16; None is 8.
+            output_type: `"pil"` or `"np"`.
+
+        Yields:
+            [`ExportedDetectorOutput`] of one picture, B = 1, in the order of `images`.
+
+        Raises:
+            TypeError, ValueError: as `__call__` does, and whatever `images` raises, after the outputs of all batches
+                before.
+        """
+        batch_size = _check_arguments(STREAM_BATCH if batch_size is None else batch_size, output_type)
+        return self._stream(images, batch_size, output_type)
+
+    def _stream(
+        self, images: Iterable[Picture], batch_size: int, output_type: str
+    ) -> Iterator[ExportedDetectorOutput]:
+        pictures, done = prefetched(map(to_rgb_uint8, images), batch_size), 0
+        while batch := list(islice(pictures, batch_size)):
+            for found in self._detect(batch, batch_size, done):
+                yield self._to_output([found], output_type)
+            done += len(batch)
+
+    def _detect(self, pictures: list[NDArray[np.uint8]], batch_size: int, done: int = 0) -> Iterator[Found]:
+        """Run the graph on pictures `[H, W, 3]`, those of one size that follow each other together; `done` pictures came
+        before them."""
+        start = 0
+        while start < len(pictures):
+            batch = pictures[start : start + batch_size]
+            count = next((i for i, picture in enumerate(batch) if picture.shape != batch[0].shape), len(batch))
+            maps, scores, reconstructions = self.graph(np.stack(batch[:count]))
+            for index, found in enumerate(zip(maps[..., None], scores, reconstructions)):
+                # NaN is above no threshold, so the picture would pass as good.
+                if not all(np.isfinite(part).all() for part in found):
+                    raise ValueError(
+                        f"{self.path} gave NaN for picture {done + start + index}: its weights are broken, or half precision "
+                        "overflowed; export it again, or run it in float32"
+                    )
+                yield found
+            start += count
+
+    def _to_output(self, found: list[Found], output_type: str) -> ExportedDetectorOutput:
+        maps, scores, reconstructions = (list(parts) for parts in zip(*found))
         all_scores = np.array(scores, dtype=np.float32)
         masks = None if self.pixel_threshold is None else [m > self.pixel_threshold for m in maps]
-        output = ExportedDetectorOutput(
+        return ExportedDetectorOutput(
             _collect(maps, output_type),
             all_scores,
             _collect(reconstructions, output_type),
             None if masks is None else _collect(masks, output_type),
             None if self.image_threshold is None else all_scores > self.image_threshold,
         )
-        return output if return_dict else tuple(getattr(output, name) for name in output.__dataclass_fields__)
+
+
+def _check_arguments(batch_size: int, output_type: str) -> int:
+    if not 1 <= batch_size <= LARGEST_BATCH:
+        raise ValueError(f"batch_size={batch_size} must be 1 ... {LARGEST_BATCH}")
+    if output_type not in ("pil", "np"):
+        raise ValueError(f"output_type must be 'pil' or 'np', not {output_type!r}")
+    return batch_size
 
 
 def to_rgb_uint8(picture: Picture) -> NDArray[np.uint8]:
