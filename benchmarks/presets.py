@@ -4,9 +4,9 @@
     python benchmarks/presets.py runs/tiny runs/small --data training/data/hazelnut_toy/hazelnut --chart presets.png
 
 Each model is timed from picture file to map, streaming the test pictures in batches, in turns with the others, in
-float32 and bfloat16, with `--compile` compiled too, and with `--int8` as OpenVINO runs it, quantized by good pictures of the
-training split. Accuracy is that of trained models on the same pictures:
-presets (tiny, small, base, paper) have random weights. Nothing is chosen by it. The share of the peak counts the
+float32 and bfloat16, with `--compile` compiled too, and with `--int8` exported to OpenVINO and quantized by good
+pictures of the training split. Accuracy is that of trained models on the same pictures: presets (tiny, small, base,
+paper) have random weights. Nothing is chosen by it. The share of the peak counts the
 convolutions and matrix products of both networks; the peak is that of a product of two large matrices of the same
 dtype, measured in the same run.
 """

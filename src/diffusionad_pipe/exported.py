@@ -171,9 +171,7 @@ class ExportedDetector:
         batch_size = _check_arguments(STREAM_BATCH if batch_size is None else batch_size, output_type)
         return self._stream(images, batch_size, output_type)
 
-    def _stream(
-        self, images: Iterable[Picture], batch_size: int, output_type: str
-    ) -> Iterator[ExportedDetectorOutput]:
+    def _stream(self, images: Iterable[Picture], batch_size: int, output_type: str) -> Iterator[ExportedDetectorOutput]:
         pictures, done = prefetched(map(to_rgb_uint8, images), batch_size), 0
         while batch := list(islice(pictures, batch_size)):
             for found in self._detect(batch, batch_size, done):
@@ -181,8 +179,8 @@ class ExportedDetector:
             done += len(batch)
 
     def _detect(self, pictures: list[NDArray[np.uint8]], batch_size: int, done: int = 0) -> Iterator[Found]:
-        """Run the graph on pictures `[H, W, 3]`, those of one size that follow each other together; `done` pictures came
-        before them."""
+        """Run the graph on pictures `[H, W, 3]`, those of one size that follow each other together. `done` is how many
+        pictures came before."""
         start = 0
         while start < len(pictures):
             batch = pictures[start : start + batch_size]
@@ -192,8 +190,8 @@ class ExportedDetector:
                 # NaN is above no threshold, so the picture would pass as good.
                 if not all(np.isfinite(part).all() for part in found):
                     raise ValueError(
-                        f"{self.path} gave NaN for picture {done + start + index}: its weights are broken, or half precision "
-                        "overflowed; export it again, or run it in float32"
+                        f"{self.path} gave NaN for picture {done + start + index}: its weights are broken, or half "
+                        "precision overflowed; export it again, or run it in float32"
                     )
                 yield found
             start += count
