@@ -43,18 +43,19 @@ def draw_chart(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for form, marker in zip(dict.fromkeys(row["form"] for row in rows), "osD^"):
-        points = [row for row in rows if row["form"] == form and metric in row]
-        axes.plot([1000 * p["seconds"] for p in points], [p[metric] for p in points], marker, label=form)
+    markers = dict(zip(dict.fromkeys(row["form"] for row in rows), "osD^vP"))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        points = [row for row in rows if row["model"] == model and metric in row]
+        (line,) = axes.plot([1000 * p["seconds"] for p in points], [p[metric] for p in points], label=model, alpha=0.6)
         for point in points:
-            at = (1000 * point["seconds"], point[metric])
-            axes.annotate(point["model"], at, (5, 5), textcoords="offset points", fontsize=9)
+            axes.plot(1000 * point["seconds"], point[metric], markers[point["form"]], color=line.get_color())
+    for form, marker in markers.items():
+        axes.plot([], [], marker, color="grey", label=form)
     axes.set(xscale="log", xlabel="milliseconds a picture, file to map", ylabel=metric.replace("_", " "))
     for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         axis("{x:.0f}")
-    axes.margins(0.15)
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
 
