@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from measure import in_turns, load_model, machine, print_table, write_json
+from tqdm import tqdm
 
 from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.data import load_anomaly_dataset
@@ -79,7 +80,8 @@ def main() -> None:
         timings = in_turns({name: call(d) for name, d in detectors.items()}, arguments.rounds, device)
         found = {}
         for name, detector in detectors.items():
-            outputs = [detector(picture, output_type="np", batch_size=1) for picture in pictures]
+            bar = tqdm(pictures, desc=name)
+            outputs = [detector(picture, output_type="np", batch_size=1) for picture in bar]
             found[name] = [o.anomaly_maps[0, ..., 0] for o in outputs], np.array([o.anomaly_scores[0] for o in outputs])
 
     results: dict[str, Any] = {"machine": machine(device), "model": arguments.model, "pictures": len(pictures)}
