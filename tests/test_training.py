@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from script_processes import ScriptProcess, run_ranks, run_script
 
 from diffusionad_pipe import DiffusionADPipeline, SegmentationUNet2DModel, open_image
+from diffusionad_pipe.acceleration import fastest_dtype
 
 ROOT = Path(__file__).parents[1]
 HAZELNUT = ROOT / "training" / "data" / "hazelnut_toy" / "hazelnut"
@@ -348,6 +349,16 @@ def test_tensorboard_gets_losses_and_pictures(config: Path, tmp_path: Path) -> N
     assert [event.step for event in events.Scalars("mask_loss")] == [1, 2]
     picture = events.Images("held_out")[0]
     assert (picture.width, picture.height) == Image.open(tmp_path / "tracked" / "samples" / "step-0000002.png").size
+
+
+def test_bfloat16_where_the_processor_has_it_else_a_warning(config: Path, tmp_path: Path) -> None:
+    has_it = fastest_dtype("cpu") == torch.bfloat16
+    one_step = ["--max_train_steps", "1", "--mixed_precision"]
+    assert run(command(config, tmp_path / "auto", *one_step, "auto")).returncode == 0
+    used = yaml.safe_load((tmp_path / "auto" / "training_config.yaml").read_text())["mixed_precision"]
+    assert used == ("bf16" if has_it else "no")
+    result = run(command(config, tmp_path / "told", *one_step, "bf16"))
+    assert result.returncode == 0 and ("emulates bfloat16" in result.stderr) != has_it
 
 
 def test_a_run_is_pushed_to_the_hub(config: Path, tmp_path: Path, hub_server: HubServer) -> None:

@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from training_config import TrainingConfig, parse_arguments, to_plain
-from training_setup import build_datasets, build_networks, load_teacher, start_from_pretrained
+from training_setup import build_datasets, build_networks, fastest_precision, load_teacher, start_from_pretrained
 
 from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.acceleration import train_channels_last
@@ -79,6 +79,8 @@ def outlive_sigterm(worker: int) -> None:
 
 def main(config: TrainingConfig) -> int:
     keep_freed_memory()
+    if config.mixed_precision == "auto":
+        config.mixed_precision = fastest_precision()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -103,6 +105,8 @@ def main(config: TrainingConfig) -> int:
                 "--mixed_precision fp16 needs a GPU, and there is none: use bf16 where the processor has AMX or "
                 "AVX-512 BF16, else no"
             )
+        if config.mixed_precision == "bf16" and fastest_precision() == "no":
+            logger.warning("this processor emulates bfloat16, which is slow: use --mixed_precision no")
         # accelerate launch would leave us one thread.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(config.cpu_threads or max(1, cores // accelerator.num_processes))

@@ -79,7 +79,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0  # 0: no clipping
     max_skipped_steps: int = 20  # stop after so many steps in a row with a loss or gradient that is not finite
     ema_decay: float = 0.995  # of the averaged weights that are saved; 0: no average
-    mixed_precision: str = "bf16"  # no, fp16 or bf16
+    mixed_precision: str = "auto"  # no, fp16, bf16, or auto: bf16 where the hardware multiplies in it, else no
     channels_last: bool = False  # memory layout: quicker for wide networks on a CPU with AMX
     gradient_checkpointing: bool = False  # less memory, more time
     torch_compile: bool = False
@@ -111,7 +111,7 @@ CHOICES = {
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "segmentation_norm": ("batch", "group"),
     "seg_schedule": ("same", "reference"),
-    "mixed_precision": ("no", "fp16", "bf16"),
+    "mixed_precision": ("auto", "no", "fp16", "bf16"),
     "save_dtype": ("fp32", "fp16", "bf16"),
 }
 
