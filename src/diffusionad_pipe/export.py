@@ -39,6 +39,9 @@ NOT_QUANTIZED = [
     "Add", "AvgPool", "Divide", "Interpolate", "MVN", "Maximum", "Multiply", "ReduceMean", "ScaledDotProductAttention",
     "Subtract", "TopK",
 ]  # fmt: skip
+# Of the segmentation network's first convolution, which alone takes a picture and its reconstruction. What little they
+# differ by is lost in 8 bits: that layer stays in float32, as `SegmentationUNet2DModel.cast` leaves it in bfloat16.
+COMPARED_CHANNELS = 6
 
 
 class ExportResult(NamedTuple):
@@ -243,12 +246,19 @@ def write_onnx(source: Path, path: Path, metadata: str, calibration: list[NDArra
         prepared, quantized = source.with_name("prepared.onnx"), source.with_name("quantized.onnx")
         # ONNX Runtime's own optimizer folds constants here; its symbolic shape inference does not know every operator.
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        graph = onnx.load(str(prepared)).graph
+        shapes = {weights.name: weights.dims for weights in graph.initializer}
         quantize_static(
             str(prepared),
             str(quantized),
             Reader(),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            nodes_to_exclude=[
+                node.name
+                for node in graph.node
+                if node.op_type == "Conv" and shapes[node.input[1]][1] == COMPARED_CHANNELS
+            ],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -274,7 +284,15 @@ def write_openvino(source: Path, path: Path, metadata: str, calibration: list[ND
             nncf.Dataset(calibration, lambda picture: picture[None]),
             preset=nncf.QuantizationPreset.MIXED,  # symmetric weights, asymmetric activations: those after SiLU need it
             subset_size=len(calibration),
-            ignored_scope=nncf.IgnoredScope(types=NOT_QUANTIZED, names=comparing_convolution(model), validate=False),
+            ignored_scope=nncf.IgnoredScope(
+                types=NOT_QUANTIZED,
+                names=[
+                    node.get_friendly_name()
+                    for node in model.get_ops()
+                    if node.get_type_name() == "Convolution" and node.input_value(1).shape[1] == COMPARED_CHANNELS
+                ],
+                validate=False,
+            ),
             # The widest range that any picture shows. NNCF's mean of all cuts off what few good pictures have, and
             # defects are made of that.
             advanced_parameters=nncf.AdvancedQuantizationParameters(
@@ -288,17 +306,6 @@ def write_openvino(source: Path, path: Path, metadata: str, calibration: list[ND
     # The weights first: an old .xml then meets new weights, and refuses them, rather than the reverse for longer.
     for suffix in (".bin", ".xml"):
         os.replace(written.with_suffix(suffix), path.with_suffix(suffix))
-
-
-def comparing_convolution(model: "openvino.Model") -> list[str]:
-    """The name of the segmentation network's first convolution, the one that takes six channels: a picture and its
-    reconstruction. What little they differ by is lost in 8 bits; `SegmentationUNet2DModel.cast` leaves it in float32
-    too."""
-    return [
-        node.get_friendly_name()
-        for node in model.get_ops()
-        if node.get_type_name() == "Convolution" and node.input_value(1).get_partial_shape()[1] == 6
-    ]
 
 
 def antialias(model: "openvino.Model") -> None:
