@@ -126,7 +126,11 @@ def test_training_forward(pipe: DiffusionADPipeline, golden: dict[str, torch.Ten
     timesteps = torch.stack([golden["train_t_small"], golden["train_t_large"]])
     losses = training_losses(*networks, golden["train_label"], noise, timesteps)
     torch.testing.assert_close(losses.noise_loss, golden["train_noise_loss"].squeeze(), **TOLERANCE)
-    torch.testing.assert_close(losses.reconstructions, golden["train_x0_guided"], **TOLERANCE)
+    # The large scale divides the rounding of its predicted noise by √ᾱ: by 1/156 at t_b = 998 of the second picture,
+    # where the golden values themselves are 1e-4 from what float64 gives.
+    rounding = 3e-6 / pipe.scheduler.alphas_cumprod[timesteps[1]].sqrt()
+    errors = (losses.reconstructions - golden["train_x0_guided"]).abs().amax(dim=(1, 2, 3))
+    assert (errors <= rounding).all(), (errors, rounding)
 
     # Despite its name this is what the authors' training forward returns beside it: the picture noised to t_b.
     noised = pipe.scheduler.add_noise(golden["image"], golden["noise_large"], timesteps[1])
