@@ -88,6 +88,19 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert json.loads((one / "model_index.json").read_text()) == json.loads((other / "model_index.json").read_text())
 
 
+def assert_nearly_same_run(one: Path, other: Path) -> None:
+    """Two runs with the same batches, however those were shared out."""
+    for name in ("noise_loss", "mask_loss", "gradient_norm"):
+        assert losses(one, name)[0] == pytest.approx(losses(other, name)[0], rel=1e-5), name
+        assert losses(one, name) == pytest.approx(losses(other, name), rel=2e-3), name
+    # Adam turns a gradient that is nearly zero into a full step of either sign, so a few weights may differ more.
+    for network in ("unet", "segmentation"):
+        file = f"last/{network}/diffusion_pytorch_model.safetensors"
+        expected, found = load_file(other / file), load_file(one / file)
+        difference = torch.cat([(value - found[key]).abs().flatten() for key, value in expected.items()])
+        assert (difference > 1e-4).float().mean() < 1e-3 and difference.max() < 6 * 4e-4
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
@@ -207,15 +220,29 @@ def test_accumulation_and_processes_equal_one_big_batch(
     arguments = command(config, output, *flags)
     result = launch(processes, arguments) if processes > 1 else run(arguments)
     assert result.returncode == 0, result.stderr
-    for name in ("noise_loss", "mask_loss", "gradient_norm"):
-        assert losses(output, name)[0] == pytest.approx(losses(trained, name)[0], rel=1e-5), name
-        assert losses(output, name) == pytest.approx(losses(trained, name), rel=2e-3), name
-    # Adam turns a gradient that is nearly zero into a full step of either sign, so a few weights may differ more.
-    for network in ("unet", "segmentation"):
-        file = f"last/{network}/diffusion_pytorch_model.safetensors"
-        one, other = load_file(trained / file), load_file(output / file)
-        difference = torch.cat([(value - other[key]).abs().flatten() for key, value in one.items()])
-        assert (difference > 1e-4).float().mean() < 1e-3 and difference.max() < 6 * 4e-4
+    assert_nearly_same_run(output, trained)
+
+
+def test_fsdp_equals_one_big_batch_and_resumes_bit_exact(trained: Path, config: Path, tmp_path: Path) -> None:
+    """Sharded over two processes, and resumed from a checkpoint in the middle of the run."""
+    environment = ENVIRONMENT | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    environment |= {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    environment |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    train_sharded = [str(Path(__file__).with_name("fsdp_on_cpu.py")), "--train_batch_size", "2"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for result in run_ranks([*train_sharded, *command(config, whole)[1:]], 2, environment):
+        assert result.returncode == 0, result.stderr
+    shards = (whole / "checkpoint-0000004" / "pytorch_model_fsdp_0").glob("*.distcp")
+    assert [path.name for path in sorted(shards)] == ["__0_0.distcp", "__1_0.distcp"]
+    assert_nearly_same_run(whole, trained)
+
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoint-0000006")
+    arguments = command(config, resumed, "--resume_from_checkpoint", "latest")[1:]
+    results = run_ranks([*train_sharded, *arguments], 2, environment)
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr
+    assert "checkpoint-0000004 at step 4" in results[0].stderr
+    assert_same_weights(whole / "last", resumed / "last")
 
 
 def test_resuming_another_folders_checkpoint_leaves_a_pipeline(trained: Path, config: Path, tmp_path: Path) -> None:

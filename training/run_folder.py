@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from training_config import TrainingConfig, changed_settings, to_plain
 
 from diffusionad_pipe import DiffusionADPipeline
@@ -91,9 +92,12 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
             if final.exists():  # damaged, or this run would not have come here again
                 shutil.rmtree(final)
             os.replace(temporary, final)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+    # torch, FSDP's writer and safetensors have errors of their own for a full disk.
+    except (OSError, RuntimeError, CheckpointException, SafetensorError) as error:
+        # FSDP's holds (error, trace) of each process.
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise OSError(
-            f"{final} could not be written ({error}): free some space and --resume_from_checkpoint latest; "
+            f"{final} could not be written ({cause}): free some space and --resume_from_checkpoint latest; "
             "older checkpoints are kept"
         ) from error
     finally:

@@ -23,19 +23,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast, set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
 from run_folder import empty_run, save_checkpoint, save_pipeline, start_run, store_run
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
+from trained_networks import AveragedWeights, TrainedNetworks
 from training_config import TrainingConfig, parse_arguments, to_plain
 from training_setup import build_datasets, build_networks, fastest_precision, load_teacher, start_from_pretrained
 
-from diffusionad_pipe import DiffusionADPipeline
-from diffusionad_pipe.acceleration import train_channels_last
+from diffusionad_pipe import DiffusionADPipeline, DiffusionADUNet2DModel, SegmentationUNet2DModel
+from diffusionad_pipe.acceleration import compile_networks, train_channels_last
 from diffusionad_pipe.calibration import Validation, smallest_rate, validate
 from diffusionad_pipe.freed_memory import keep_freed_memory
 from diffusionad_pipe.image_files import write_atomically
@@ -86,7 +86,6 @@ def main(config: TrainingConfig) -> int:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        dynamo_backend="inductor" if config.torch_compile else "no",
         log_with=config.report_to,
         project_dir=config.output_dir,
         # The others wait while one process validates, and ten minutes may be too few for that.
@@ -110,11 +109,17 @@ def main(config: TrainingConfig) -> int:
         # accelerate launch would leave us one thread.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(config.cpu_threads or max(1, cores // accelerator.num_processes))
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded and not accelerator.is_fsdp2:
+        raise ValueError("FSDP of version 1 is not supported: launch with --use_fsdp --fsdp_version 2")
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"{accelerator.distributed_type.value} shards one network, and here are two that fit on any card: "
-            "launch with --multi_gpu, where each process has both"
+            f"{accelerator.distributed_type.value} is not supported: launch with --multi_gpu, where each process has "
+            "both networks whole, or with --use_fsdp --fsdp_version 2, where they are sharded"
         )
+    if sharded:
+        # Autocast alone, as without FSDP: else pictures, noise and masks, too, would be rounded.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     output_dir = Path(config.output_dir)
 
     # 1. Networks from the seed, and pictures
@@ -151,9 +156,8 @@ def main(config: TrainingConfig) -> int:
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         segmentation.enable_gradient_checkpointing()
-    ema = EMAModel([*unet.parameters(), *segmentation.parameters()], decay=config.ema_decay, foreach=True)
-    if config.ema_decay > 0:
-        ema.to(accelerator.device)
+    if config.torch_compile:
+        compile_networks((unet, segmentation), accelerator.device)
     optimizer = torch.optim.AdamW(  # Adam, where the weight decay is 0
         [
             {"params": list(unet.parameters()), "lr": config.learning_rate},
@@ -170,7 +174,10 @@ def main(config: TrainingConfig) -> int:
     ).lr_lambdas[0]
     seg_schedule = reference_schedule if config.seg_schedule == "reference" else schedule
     lr_scheduler = LambdaLR(optimizer, [schedule, seg_schedule])
-    unet, segmentation, optimizer = accelerator.prepare(unet, segmentation, optimizer)
+    networks = TrainedNetworks(unet, segmentation)
+    names = [name for name, _ in networks.named_parameters()]
+    networks, optimizer = accelerator.prepare(networks, optimizer)
+    ema = AveragedWeights(networks.parameters(), decay=config.ema_decay, foreach=True)
     progress = Progress(accelerator.num_processes)
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
     if config.report_to:
@@ -199,16 +206,20 @@ def main(config: TrainingConfig) -> int:
         )
     )
 
-    def averaged_pipeline() -> DiffusionADPipeline:
-        """A pipeline around copies of the averaged weights, rounded to the precision that they are saved in."""
-        networks = [accelerator.unwrap_model(network, keep_torch_compile=False) for network in (unet, segmentation)]
-        copies = [type(network).from_config(network.config) for network in networks]
-        for copy, network in zip(copies, networks):
-            copy.load_state_dict(network.state_dict())
-        if config.ema_decay > 0:
-            ema.copy_to([parameter for copy in copies for parameter in copy.parameters()])
-        copies = [copy.to(accelerator.device, DTYPES[config.save_dtype]).float().eval() for copy in copies]
-        return DiffusionADPipeline(copies[0], copies[1], scheduler, image_size=config.resize_to or config.resolution)
+    def averaged_weights() -> dict[str, torch.Tensor]:
+        """Both networks' weights, averaged and whole. Every process must ask; of FSDP's the first alone gets all."""
+        weights = accelerator.get_state_dict(networks)
+        return weights | dict(zip(names, ema.whole())) if config.ema_decay > 0 else weights
+
+    def pipeline_of(weights: dict[str, torch.Tensor]) -> DiffusionADPipeline:
+        """A pipeline around copies of the weights, rounded to the precision that they are saved in."""
+        copies = TrainedNetworks(
+            DiffusionADUNet2DModel.from_config(unet.config), SegmentationUNet2DModel.from_config(segmentation.config)
+        )
+        copies.load_state_dict(weights)
+        copies = copies.to(accelerator.device, DTYPES[config.save_dtype]).float().eval()
+        size = config.resize_to or config.resolution
+        return DiffusionADPipeline(copies.unet, copies.segmentation, scheduler, image_size=size)
 
     def log(step: int, entry: dict[str, float]) -> None:
         if not accelerator.is_main_process:
@@ -217,9 +228,9 @@ def main(config: TrainingConfig) -> int:
             file.write(json.dumps({"step": step} | entry) + "\n")
         accelerator.log(entry, step=step)
 
-    def validate_and_save(step: int) -> None:
+    def validate_and_save(step: int, weights: dict[str, torch.Tensor]) -> None:
         """Validate, and save the pipeline if it is the best so far; at the end save the last one too."""
-        pipeline = averaged_pipeline()
+        pipeline = pipeline_of(weights)
         result: Validation = validate(
             pipeline,
             validation,
@@ -254,7 +265,6 @@ def main(config: TrainingConfig) -> int:
     bar = tqdm(
         total=config.max_train_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process
     )
-    parameters = [*unet.parameters(), *segmentation.parameters()]
     skipped_in_a_row, since, since_step = 0, time.perf_counter(), progress.step
     started = time.perf_counter() - progress.seconds
     for batch in loader:
@@ -266,12 +276,11 @@ def main(config: TrainingConfig) -> int:
         step_losses = torch.zeros(2, device=accelerator.device)  # noise and mask loss, means over the passes
         for start in range(0, len(batch["labels"]), config.train_batch_size):
             part = {key: value[start : start + config.train_batch_size] for key, value in batch.items()}
-            with accelerator.accumulate(unet, segmentation):
+            with accelerator.accumulate(networks):
                 with accelerator.autocast():
                     if teacher is not None:
-                        losses = distillation_losses(
-                            unet,
-                            segmentation,
+                        losses = networks(
+                            distillation_losses,
                             scheduler,
                             part["images"],
                             part["masks"],
@@ -280,9 +289,8 @@ def main(config: TrainingConfig) -> int:
                             teacher.scheduler,
                         )
                     else:
-                        losses = training_losses(
-                            unet,
-                            segmentation,
+                        losses = networks(
+                            training_losses,
                             scheduler,
                             part["images"],
                             part["masks"],
@@ -295,7 +303,7 @@ def main(config: TrainingConfig) -> int:
                 accelerator.backward(losses.loss)
             both = torch.stack([losses.noise_loss, losses.mask_loss]).detach()
             step_losses += both / config.gradient_accumulation_steps
-        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+        norm = accelerator.clip_grad_norm_(networks.parameters(), config.max_grad_norm or math.inf)
         if torch.isfinite(norm):
             optimizer.step()
             skipped_in_a_row = 0
@@ -310,7 +318,7 @@ def main(config: TrainingConfig) -> int:
         optimizer.zero_grad()
         progress.step += 1
         if skipped_in_a_row == 0 and config.ema_decay > 0:
-            ema.step(parameters)
+            ema.step(networks.parameters())
         if skipped_in_a_row >= config.max_skipped_steps:
             raise ArithmeticError(
                 f"{skipped_in_a_row} steps in a row had no finite gradient, the last at {progress.step}; checkpoints "
@@ -331,12 +339,17 @@ def main(config: TrainingConfig) -> int:
             log(step, entry | {"seconds_per_step": seconds, "pictures_per_second": speed})
         paused = time.perf_counter()
         if step % config.validation_steps == 0 or step == config.max_train_steps:
+            weights = averaged_weights()
             if accelerator.is_main_process:
-                validate_and_save(step)
+                validate_and_save(step, weights)
+            del weights
             accelerator.wait_for_everyone()
         stopping = accelerator.reduce(torch.tensor(len(stop_signals), device=accelerator.device)) > 0
         progress.seconds = time.perf_counter() - started
         if stopping or step % config.checkpointing_steps == 0 or step == config.max_train_steps:
+            if sharded:  # each process has BatchNorm statistics of its own, and any may write them: the first's
+                for buffer in networks.buffers():
+                    broadcast(buffer)
             save_checkpoint(accelerator, output_dir, step, config.checkpoints_total_limit)
         since += time.perf_counter() - paused  # the speed is that of training alone
         if stopping:
