@@ -467,10 +467,10 @@ def test_unusable_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text("preset: paper\nlearning_rate: 3e-4\ntrain_data_dir: x\n")
+    path.write_text("preset: paper\nlearning_rate: 3e-4\ntrain_data_dir: x\nmixed_precision: no\n")
     config = training_config.parse_arguments(["--config", str(path), "--train_batch_size", "2"], None)
     assert (config.prediction_type, config.patch_size, config.seg_schedule) == ("epsilon", 1, "reference")
-    assert (config.learning_rate, config.train_batch_size) == (3e-4, 2)
+    assert (config.learning_rate, config.train_batch_size, config.mixed_precision) == (3e-4, 2, "no")
     config = training_config.parse_arguments(["--config", str(path), "--preset", "tiny"], None)
     assert (config.resolution, config.prediction_type) == (128, "sample")
 

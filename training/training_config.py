@@ -167,6 +167,8 @@ def parse_arguments(arguments: list[str], description: str | None) -> TrainingCo
             parser.error(f"{config_file}: unknown setting {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
     settings |= {name: value for name, value in flags.items() if value is not None}
     for name, value in settings.items():
+        if value is False and "no" in CHOICES.get(name, ()):
+            value = "no"  # without quotes it is YAML's false
         try:
             settings[name] = _convert(value, kinds[name])
         except (TypeError, ValueError):
