@@ -1,0 +1,58 @@
+"""Networks may be elsewhere than the CPU: torch's device `meta` stands for a GPU, and refuses as a GPU does to compute
+with what was left behind."""
+
+import pytest
+import torch
+from trained_networks import AveragedWeights, TrainedNetworks
+
+from diffusionad_pipe import DiffusionADPipeline, NormGuidedOneStepScheduler
+from diffusionad_pipe.objective import distillation_losses, training_losses
+
+SHAPE = (2, 3, 32, 32)
+
+
+@pytest.fixture
+def elsewhere(tiny_pipeline: DiffusionADPipeline) -> DiffusionADPipeline:
+    tiny_pipeline.unet.to("meta")
+    tiny_pipeline.segmentation.to("meta")
+    with pytest.raises(RuntimeError, match="device"):
+        torch.ones(2, device="meta") + torch.ones(2)
+    return tiny_pipeline
+
+
+def test_a_picture_is_judged_where_the_networks_are(elsewhere: DiffusionADPipeline) -> None:
+    pictures = torch.empty(SHAPE, device="meta")
+    for distilled in (False, True):
+        config = elsewhere.scheduler.config
+        elsewhere.scheduler = NormGuidedOneStepScheduler.from_config(
+            config, prediction_type="sample", distilled=distilled
+        )
+        timesteps = elsewhere.scheduler.timesteps
+        for noises in (elsewhere.fixed_noise(1, 32, 32).expand(1, 2, *SHAPE), torch.randn(1, 2, *SHAPE)):
+            maps, reconstructions = elsewhere.detect(pictures, noises, timesteps)
+            assert maps.device.type == reconstructions.device.type == "meta"
+
+
+def test_training_happens_where_the_networks_are(elsewhere: DiffusionADPipeline) -> None:
+    networks = TrainedNetworks(elsewhere.unet, elsewhere.segmentation)
+    images, masks, noise = (torch.empty(shape, device="meta") for shape in (SHAPE, (2, 1, 32, 32), (2, *SHAPE)))
+    labels, timesteps = (torch.empty(shape, dtype=torch.long, device="meta") for shape in ((2,), (2, 2)))
+    scheduler = NormGuidedOneStepScheduler(prediction_type="sample")
+    student = NormGuidedOneStepScheduler(prediction_type="sample", distilled=True)
+    for losses in (
+        networks(training_losses, scheduler, images, masks, labels, noise, timesteps),
+        networks(training_losses, scheduler, images, masks, labels, noise, timesteps, originals=images),
+        networks(distillation_losses, student, images, masks, noise, elsewhere.unet, scheduler),
+    ):
+        losses.loss.backward()
+    assert all(parameter.grad is not None for parameter in networks.parameters())
+
+
+def test_averaged_weights_return_from_a_checkpoint_to_their_device() -> None:
+    """A checkpoint is read on the CPU."""
+    stored = AveragedWeights([torch.nn.Parameter(torch.ones(3))], foreach=True).state_dict()
+    parameter = torch.nn.Parameter(torch.empty(3, device="meta"))
+    average = AveragedWeights([parameter], foreach=True)
+    average.load_state_dict(stored)
+    average.step([parameter])
+    assert average.whole()[0].device.type == "meta"
