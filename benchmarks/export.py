@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import in_turns, load_model, machine, print_table, write_json
+from measure import compile_all, in_turns, load_model, machine, print_table, write_json
 from tqdm.auto import tqdm
 
 from diffusionad_pipe.acceleration import fastest_dtype
@@ -60,7 +60,7 @@ def main() -> None:
         if arguments.compile:
             compiled = load_model(arguments.model, device)
             compiled.fold_batch_norm()
-            if compiled.compile():
+            if compile_all(compiled):
                 detectors["pipeline, float32, compiled"] = compiled
         export_detector(pipe, folder / "detector.pt2", "torch")
         detectors["torch.export, float32"] = ExportedDetector(folder / "detector.pt2")

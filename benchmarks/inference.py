@@ -35,6 +35,7 @@ from diffusers import DDIMScheduler
 from measure import (
     GIB,
     Timing,
+    compile_all,
     count_flops,
     in_turns,
     load_model,
@@ -107,7 +108,7 @@ def variants(pipe: DiffusionADPipeline, with_compile: bool) -> dict[str, Diffusi
     if with_compile:
         for name, dtype in (("float32, compiled", torch.float32), ("bfloat16, compiled", torch.bfloat16)):
             compiled = variant(dtype, fold=True)
-            if compiled.compile():
+            if compile_all(compiled):
                 found[name] = compiled
     return found
 
@@ -197,6 +198,10 @@ def main() -> None:
     def call(name: str, batch_size: int) -> Callable[[], object]:
         return lambda: pipes[name](pictures[:batch_size], batch_size=batch_size, output_type="pt")
 
+    def memory_of(name: str) -> float | None:
+        recorded = device.type == "cuda" and "compiled" in name  # a CUDA graph keeps its memory between the calls
+        return None if recorded or name not in methods else peak_memory(methods[name], device)
+
     ends = sorted({min(arguments.batch_sizes), max(arguments.batch_sizes)}) if arguments.batch_sizes else []
     if arguments.networks_only:
         results["networks"] = time_networks(pipe, pipes, ends, arguments.rounds, arguments.peak_side)
@@ -226,7 +231,7 @@ def main() -> None:
     results["latency"] = {}
     for name, timing in timings.items():
         times = timings[AUTHORS].median / timing.median, timings[INFERENCE_MODE].median / timing.median
-        memory = peak_memory(methods[name], device) if name in methods else None
+        memory = memory_of(name)
         results["latency"][name] = {**timing._asdict(), "speedup": times, "peak_memory": memory}
         shown = "" if memory is None else f"{memory / GIB:.2f}"
         rows.append((name, timing, *(f"{t:.3g}" for t in times), shown))
@@ -245,7 +250,7 @@ def main() -> None:
         for batch_size in arguments.batch_sizes:
             timing = timings[f"{name}|{batch_size}"]
             rate = batch_size / timing.median
-            memory = peak_memory(methods[f"{name}|{batch_size}"], device)
+            memory = memory_of(f"{name}|{batch_size}")
             times = rate * results["latency"][AUTHORS]["median"], rate * results["latency"][INFERENCE_MODE]["median"]
             results["throughput"][f"{name}, batch {batch_size}"] = {
                 **timing._asdict(), "pictures_per_second": rate, "speedup": times, "peak_memory": memory,

@@ -54,20 +54,22 @@ def in_turns(
     """Time methods in turns, A B A B, so that whatever else the machine does meets all alike.
 
     Args:
-        methods: by name; each is called once before, not counted.
+        methods: by name; each is called once before, not counted, and three times on a GPU: what is compiled runs at
+            the first call, is recorded as a CUDA graph at the second, and replayed from the third on.
         rounds: how often each is timed.
         device: waited for before and after each call.
         clock: in seconds. `time.process_time` leaves out what other programs took of the processor; with several
             threads it is the sum of theirs.
     """
     seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for turn in tqdm(range(rounds + 1), desc="rounds, the first not counted", leave=False):
+    before = 3 if device.type == "cuda" else 1
+    for turn in tqdm(range(before + rounds), desc=f"rounds, {before} of them not counted", leave=False):
         for name, method in methods.items():
             synchronize(device)
             started = clock()
             method()
             synchronize(device)
-            if turn > 0:
+            if turn >= before:
                 seconds[name].append(clock() - started)
     return {name: Timing(statistics.median(values), min(values), max(values)) for name, values in seconds.items()}
 
@@ -95,8 +97,11 @@ def matrix_peak(
     """
     side = side or (8192 if device.type == "cuda" else 2048)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    in_tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True  # as a GPU's convolutions are by default
     with torch.inference_mode():
         timing = in_turns({"product": lambda: left @ right}, rounds, device, clock)["product"]
+    torch.backends.cuda.matmul.allow_tf32 = in_tf32
     return 2 * side**3 / timing.lowest
 
 
@@ -179,6 +184,12 @@ def write_json(path: Path | None, results: dict[str, Any]) -> None:
         text = json.dumps(results, indent=2) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def compile_all(pipe: DiffusionADPipeline) -> bool:
+    """`pipe.compile()`, for more sizes and dtypes than torch compiles before it gives a class of networks up."""
+    torch._dynamo.config.recompile_limit = 64
+    return pipe.compile()
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> DiffusionADPipeline:

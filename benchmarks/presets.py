@@ -21,7 +21,17 @@ import matplotlib
 import numpy as np
 import torch
 from accelerate import PartialState
-from measure import PRESETS, count_flops, in_turns, load_model, machine, matrix_peak, print_table, write_json
+from measure import (
+    PRESETS,
+    compile_all,
+    count_flops,
+    in_turns,
+    load_model,
+    machine,
+    matrix_peak,
+    print_table,
+    write_json,
+)
 
 from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.acceleration import fastest_dtype
@@ -120,7 +130,7 @@ def main() -> None:
         for form, dtype in forms.items():
             pipes[model, form] = load_model(model, device, dtype)
             compiled = load_model(model, device, dtype) if arguments.compile else None
-            if compiled is not None and compiled.compile():
+            if compiled is not None and compile_all(compiled):
                 pipes[model, f"{form}, compiled"] = compiled
         if arguments.int8:
             found = quantized(in_float32, arguments.data)

@@ -49,6 +49,23 @@ def test_a_stream_is_the_call(overlapped: bool, tiny_pipeline: DiffusionADPipeli
     assert list(tiny_pipeline.stream([])) == []
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+def test_networks_that_record_cuda_graphs_run_in_the_callers_thread(
+    tiled: bool, tiny_pipeline: DiffusionADPipeline
+) -> None:
+    """Each thread has graphs of its own. No graph is recorded here, as that takes a GPU."""
+    threads: list[threading.Thread] = []
+    tiny_pipeline.unet.register_forward_hook(lambda *_: threads.append(threading.current_thread()))
+    if tiled:
+        tiny_pipeline.enable_tiling(32)
+    expected = [output.anomaly_scores[0] for output in stream(tiny_pipeline, pictures(3), True, batch_size=1)]
+    assert threading.current_thread() not in threads
+    threads.clear()
+    tiny_pipeline._records_cuda_graphs = True
+    assert [output.anomaly_scores[0] for output in stream(tiny_pipeline, pictures(3), True, batch_size=1)] == expected
+    assert set(threads) == {threading.current_thread()}
+
+
 def test_a_generator_draws_in_a_stream_as_in_a_call(tiny_pipeline: DiffusionADPipeline) -> None:
     images = pictures(3)
     called = tiny_pipeline(images, batch_size=2, generator=torch.Generator().manual_seed(5), output_type="np")

@@ -227,7 +227,7 @@ def test_fsdp_equals_one_big_batch_and_resumes_bit_exact(trained: Path, config: 
     """Sharded over two processes, and resumed from a checkpoint in the middle of the run."""
     environment = ENVIRONMENT | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     environment |= {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    environment |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    environment |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "CUDA_VISIBLE_DEVICES": ""}
     train_sharded = [str(Path(__file__).with_name("fsdp_on_cpu.py")), "--train_batch_size", "2"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for result in run_ranks([*train_sharded, *command(config, whole)[1:]], 2, environment):
@@ -364,6 +364,11 @@ def test_a_dead_worker_ends_with_one_sentence(config: Path, tmp_path: Path) -> N
 )
 def test_a_worker_may_die_while_it_hands_a_batch_over(error: Exception) -> None:
     assert "a worker that makes synthetic anomalies died" in str(train.explain(error))
+
+
+@pytest.mark.parametrize("said", ["CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
+def test_cudas_libraries_say_in_their_own_ways_that_memory_is_out(said: str) -> None:
+    assert "out of memory: lower --train_batch_size" in str(train.explain(RuntimeError(said)))
 
 
 def test_tensorboard_gets_losses_and_pictures(config: Path, tmp_path: Path) -> None:

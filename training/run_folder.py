@@ -92,6 +92,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
             if final.exists():  # damaged, or this run would not have come here again
                 shutil.rmtree(final)
             os.replace(temporary, final)
+        accelerator.wait_for_everyone()  # those that were stopped leave now, and torchrun then ends who is left
     # torch, FSDP's writer and safetensors have errors of their own for a full disk.
     except (OSError, RuntimeError, CheckpointException, SafetensorError) as error:
         # FSDP's holds (error, trace) of each process.

@@ -6,7 +6,7 @@
 One loop, top to bottom: read the pictures, build the networks, train, validate on good pictures that were held out,
 calibrate both thresholds on them, and keep the best averaged weights as a pipeline that
 `DiffusionADPipeline.from_pretrained` loads. Test pictures are never read. Everything random is a function of --seed, so
-a run that was resumed ends like one that was not.
+a run that was resumed ends like one that was not: bit for bit on a CPU, and on a GPU as far as its kernels repeat.
 """
 
 import json
@@ -35,7 +35,7 @@ from training_config import TrainingConfig, parse_arguments, to_plain
 from training_setup import build_datasets, build_networks, fastest_precision, load_teacher, start_from_pretrained
 
 from diffusionad_pipe import DiffusionADPipeline, DiffusionADUNet2DModel, SegmentationUNet2DModel
-from diffusionad_pipe.acceleration import compile_networks, train_channels_last
+from diffusionad_pipe.acceleration import compile_networks, is_out_of_memory, train_channels_last
 from diffusionad_pipe.calibration import Validation, smallest_rate, validate
 from diffusionad_pipe.freed_memory import keep_freed_memory
 from diffusionad_pipe.image_files import write_atomically
@@ -79,6 +79,7 @@ def outlive_sigterm(worker: int) -> None:
 
 def main(config: TrainingConfig) -> int:
     keep_freed_memory()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it its products are not repeatable
     if config.mixed_precision == "auto":
         config.mixed_precision = fastest_precision()
     accelerator = Accelerator(
@@ -118,8 +119,14 @@ def main(config: TrainingConfig) -> int:
             "both networks whole, or with --use_fsdp --fsdp_version 2, where they are sharded"
         )
     if sharded:
+        if config.channels_last:
+            raise ValueError("FSDP cannot shard weights that are channels last: leave --channels_last out")
         # Autocast alone, as without FSDP: else pictures, noise and masks, too, would be rounded.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        # All processes have built the same weights, and BatchNorm's statistics, not sharded, could not be sent round.
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    if accelerator.device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
     output_dir = Path(config.output_dir)
 
     # 1. Networks from the seed, and pictures
@@ -385,8 +392,7 @@ def main(config: TrainingConfig) -> int:
 
 def explain(error: BaseException) -> str | None:
     """One sentence for what a user can mend; None for a fault of ours."""
-    # On a CPU torch has no error class of its own for it.
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+    if is_out_of_memory(error):
         return (
             "out of memory: lower --train_batch_size (raise --gradient_accumulation_steps to make up for it), "
             "use --gradient_checkpointing, or lower --resolution"

@@ -118,7 +118,8 @@ CHOICES = {
 # What a student takes from its teacher.
 TEACHERS_SETTINGS = "small_timestep", "large_timestep", "guidance_scale", "timestep_boundary", "timestep_maximum"
 
-# Settings that may differ between a run and its resumption: they do not change what comes out.
+# Settings that may differ between a run and its resumption: they do not change what comes out. (Synthesis on a GPU or
+# in workers on the CPU may round a mask's pixel otherwise.)
 BOOKKEEPING = {
     "output_dir", "max_unreadable", "max_skipped_steps", "cpu_threads", "logging_steps", "checkpointing_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "allow_config_changes", "overwrite", "dataloader_num_workers",

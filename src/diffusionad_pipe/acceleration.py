@@ -87,6 +87,13 @@ def train_channels_last(unet: nn.Module, segmentation: nn.Module) -> None:
             block.training = False
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an error says. torch has no class of its own for it on a CPU, nor for CUDA's libraries, nor
+    for more bytes than a number can hold."""
+    said = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "Storage size calculation overflowed")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
+
+
 @contextmanager
 def explained_out_of_memory(used: str, cure: str) -> Iterator[None]:
     """Turn running out of memory into one sentence.
@@ -101,8 +108,6 @@ def explained_out_of_memory(used: str, cure: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        # On a CPU torch has no error class of its own for it, nor anywhere for more bytes than a number can hold.
-        said = "DefaultCPUAllocator" in str(error) or "Storage size calculation overflowed" in str(error)
-        if said or isinstance(error, torch.OutOfMemoryError | MemoryError):
+        if is_out_of_memory(error):
             raise MemoryError(f"out of memory with {used}: use {cure}") from error
         raise

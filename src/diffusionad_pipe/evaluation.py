@@ -266,6 +266,7 @@ def predict_category(
         "protocol": protocol,
         "num_noise_samples": num_noise_samples,
         "batch_size": batch_size,
+        "device": pipe.device.type,
     }
     stored = folder / "settings.json"
     if state.is_main_process:

@@ -110,6 +110,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         )
         self.image_processor = DiffusionADImageProcessor()
         self.tiling: Tiling | None = None
+        self._records_cuda_graphs = False
         self._fixed_noise: tuple[Any, torch.Tensor] | None = None  # the last one drawn, and what it was drawn for
 
     def register_to_config(self, **values: Any) -> None:
@@ -281,6 +282,8 @@ class DiffusionADPipeline(DiffusionPipeline):
             model_output = self.unet(noised.to(self.unet.dtype), both_timesteps).sample.to(pictures.dtype)
             step = self.scheduler.step(model_output, both_timesteps, noised, guidance_scale)
             guided = step.prev_sample
+            # Before the next network runs: CUDA graphs give their outputs' memory to it.
+            reconstructions = reconstructions + guided / len(noises)
             if callback_on_step_end is not None:
                 callback_on_step_end(self, index, both_timesteps, dict(step))
 
@@ -292,7 +295,6 @@ class DiffusionADPipeline(DiffusionPipeline):
                 logits = F.interpolate(logits, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
             # An infinite logit is an overflow, no certainty: as NaN it is refused, and not taken for a good pixel.
             maps = maps + torch.where(logits.isfinite(), logits.sigmoid(), torch.nan) / len(noises)
-            reconstructions = reconstructions + guided / len(noises)
         return maps, reconstructions.clamp(0, 1)
 
     def fixed_noise(self, num_noise_samples: int, height: int, width: int) -> torch.Tensor:
@@ -368,10 +370,10 @@ class DiffusionADPipeline(DiffusionPipeline):
         """Detect anomalies in any number of pictures, while the next are read and the last are being used.
 
         `for output in pipe.stream(map(open_image, files)): ...` decodes, predicts and saves at once: one thread takes
-        pictures from `images` and resizes them, a second runs the networks, and this iterator makes the output; at
-        most two batches wait between two stages. On a CPU only `images` has a thread of its own, at most a batch
-        ahead: the networks use every core, and what runs beside them makes them wait. A picture's output is that of a
-        call with the same batch size.
+        pictures from `images` and resizes them, a second runs the networks (the caller's, where they are compiled:
+        CUDA graphs stay in their thread), and this iterator makes the output; at most two batches wait between two
+        stages. On a CPU only `images` has a thread of its own, at most a batch ahead: the networks use every core, and
+        what runs beside them makes them wait. A picture's output is that of a call with the same batch size.
 
         Args:
             images: single pictures of any kind and size; an iterator is read in the background, as results are asked
@@ -400,8 +402,10 @@ class DiffusionADPipeline(DiffusionPipeline):
         self, images: Iterable[Image], batch_size: int, output_type: str, arguments: dict[str, Any], overlapped: bool
     ) -> Iterator[DiffusionADPipelineOutput]:
         ahead: Callable[[Iterable[Any]], Iterator[Any]] = prefetched if overlapped else iter
+        # CUDA graphs belong to the thread that recorded them; another would record them again.
+        detect_ahead = iter if self._records_cuda_graphs else ahead
         if self.tiling is not None:
-            yield from ahead(self(image, output_type=output_type, **arguments) for image in prefetched(images))
+            yield from detect_ahead(self(image, output_type=output_type, **arguments) for image in prefetched(images))
             return
         height, width = arguments.pop("height", None), arguments.pop("width", None)
         height = self.round_size(self.config.image_size if height is None else height, "height")
@@ -418,7 +422,7 @@ class DiffusionADPipeline(DiffusionPipeline):
             for pictures, sizes in ahead(preprocess()):
                 yield self(pictures, height=height, width=width, output_type="pt", **arguments), sizes
 
-        for output, sizes in ahead(detect()):
+        for output, sizes in detect_ahead(detect()):
             for index, size in enumerate(sizes):
                 item = slice(index, index + 1)
                 yield self.to_output(output.anomaly_maps[item], output.reconstructions[item], [size], output_type)
@@ -469,7 +473,9 @@ class DiffusionADPipeline(DiffusionPipeline):
         """
         device = self._execution_device
         defaults = {"dynamic": False, "mode": "reduce-overhead" if device.type == "cuda" else None}
-        return compile_networks([self.unet, self.segmentation], device, **{**defaults, **options})
+        compiled = compile_networks([self.unet, self.segmentation], device, **{**defaults, **options})
+        self._records_cuda_graphs = compiled and device.type == "cuda"
+        return compiled
 
     def check_inputs(
         self,

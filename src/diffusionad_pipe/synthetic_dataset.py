@@ -182,7 +182,7 @@ def validation_samples(
     """
     normal, anomalous = (
         [
-            sample
+            {name: value.cpu() for name, value in sample.items()}  # a GPU's memory is for training
             for sample in SyntheticAnomalyDataset(
                 pictures,
                 textures,
