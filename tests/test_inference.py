@@ -173,7 +173,9 @@ def test_bfloat16_maps_are_close() -> None:
     half.segmentation.cast(torch.bfloat16)
     cast.to(torch.bfloat16)
     assert half.segmentation.dtype == torch.bfloat16 and half.segmentation.input_dtype == torch.float32
-    maps, near, far = (pipe(picture, output_type="pt").anomaly_maps for pipe in (exact, half, cast))
+    side = 256 if fastest_dtype("cpu") == torch.bfloat16 else 128  # a processor that emulates it would take minutes
+    size = {"height": side, "width": side}
+    maps, near, far = (pipe(picture, output_type="pt", **size).anomaly_maps for pipe in (exact, half, cast))
     assert 0 < (near - maps).abs().max() < 0.02
     assert (near - maps).abs().mean() < 0.8 * (far - maps).abs().mean()
 
