@@ -16,8 +16,6 @@ import pytest
 import run_folder
 import torch
 import train
-import training_config
-import training_setup
 import yaml
 from conftest import HubServer, build_tiny_pipeline
 from PIL import Image
@@ -436,73 +434,6 @@ def test_wrong_settings_end_with_one_sentence(config: Path, tmp_path: Path, flag
     result = run(command(config, tmp_path / "wrong", *flags))
     assert result.returncode == 1 and cause in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.splitlines()[-1].startswith(("Error:", "Add them"))
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        training_config.parse_arguments(list(arguments), None)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_unusable_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def written(text: str) -> str:
-        path = tmp_path / "config.yaml"
-        path.write_text(text)
-        return str(path)
-
-    assert "did you mean 'train_data_dir'" in refusal(capsys, "--config", written("trian_data_dir: x"))
-    assert "cannot be read" in refusal(capsys, "--config", "no/such.yaml")
-    assert "cannot be read" in refusal(capsys, "--config", written("a: [1"))
-    assert "name: value" in refusal(capsys, "--config", written("- 1"))
-    for resolution in ("wide", "255.5", "true"):
-        assert "kind int" in refusal(capsys, "--config", written(f"resolution: {resolution}"))
-    assert "kind float" in refusal(capsys, "--config", written("rotation: true"))
-    assert "share from 0 to 1" in refusal(capsys, "--thin_line_probability", "30")
-    for share in ("-0.1", "null"):
-        assert "share from 0 to 1" in refusal(capsys, "--config", written(f"validation_fraction: {share}"))
-    assert "kind bool" in refusal(capsys, "--config", written("vertical_flip: 'no'"))
-    assert "kind tuple" in refusal(capsys, "--config", written("block_out_channels: 64"))
-    assert "none, random, threshold" in refusal(capsys, "--config", written("foreground: salient"))
-    assert "tiny, small, base, paper" in refusal(capsys, "--config", written("preset: huge"))
-    assert "--train_data_dir" in refusal(capsys)
-    message = refusal(capsys, "--train_data_dir", "x", "--wandb_token=hf_secret")
-    assert "secrets do not belong" in message and "hf_secret" not in message
-
-
-def test_the_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text("preset: paper\nlearning_rate: 3e-4\ntrain_data_dir: x\nmixed_precision: no\n")
-    config = training_config.parse_arguments(["--config", str(path), "--train_batch_size", "2"], None)
-    assert (config.prediction_type, config.patch_size, config.seg_schedule) == ("epsilon", 1, "reference")
-    assert (config.learning_rate, config.train_batch_size, config.mixed_precision) == (3e-4, 2, "no")
-    config = training_config.parse_arguments(["--config", str(path), "--preset", "tiny"], None)
-    assert (config.resolution, config.prediction_type) == (128, "sample")
-
-
-def test_the_default_is_the_preset_small() -> None:
-    default, small = (
-        training_config.parse_arguments([*preset, "--train_data_dir", "x"], None)
-        for preset in ((), ("--preset", "small"))
-    )
-    assert default == small
-
-
-@pytest.mark.parametrize("preset", training_config.PRESETS)
-def test_presets_build_their_networks(preset: str) -> None:
-    config = training_config.parse_arguments(["--preset", preset, "--train_data_dir", "x"], None)
-    with torch.device("meta"):
-        unet, segmentation, _ = training_setup.build_networks(config)
-    count = sum(p.numel() for p in unet.parameters()), sum(p.numel() for p in segmentation.parameters())
-    if preset == "paper":
-        assert count == (131_654_403, 28_373_569)
-    else:
-        assert count[0] < 131_654_403 and config.prediction_type == "sample"
-
-
-def test_shipped_configurations_can_be_read() -> None:
-    for path in sorted(training_config.CONFIGS.glob("*.yaml")):
-        training_config.parse_arguments(["--config", str(path), "--train_data_dir", "x"], None)
 
 
 def test_the_reference_schedule_of_the_segmentation_network() -> None:
