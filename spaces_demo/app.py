@@ -36,6 +36,7 @@ from detection import (
 )
 from gradio import processing_utils
 from model_menu import load_model, read_defaults, read_menu, read_model_card
+from PIL import Image
 
 from diffusionad_pipe.colours import COLOUR_SCALE
 from diffusionad_pipe.freed_memory import keep_freed_memory
@@ -135,8 +136,22 @@ def detect(picture, model, image_threshold, pixel_threshold, *settings):
     except ValueError as error:
         raise sentence(error) from error
     verdict, regions, contours = judge(pipe, detection, image_threshold, pixel_threshold)
-    sliders = (detection.shown, draw_heatmap(pipe, detection)), (detection.shown, detection.reconstruction)
-    return detection, verdict, *sliders, contours, tabulate(regions, detection)
+    shown, heatmap = write_png(detection.shown), write_png(draw_heatmap(pipe, detection))
+    sliders = (shown, heatmap), (shown, write_png(detection.reconstruction))
+    return detection, verdict, *sliders, write_png(contours), tabulate(regions, detection)
+
+
+def write_png(image: Image.Image | None) -> str | None:
+    """Write a picture for the page, where Gradio serves and deletes it, and return its path.
+
+    Gradio would compress it as hard as it can be, for a tenth fewer bytes: most of an answer's time went there.
+    """
+    if image is None:
+        return None
+    path = Path(picture.GRADIO_CACHE, uuid.uuid4().hex, "picture.png")
+    path.parent.mkdir(parents=True)
+    image.save(path, compress_level=1)
+    return str(path)
 
 
 def judge_again(detection: Detection | None, image_threshold, pixel_threshold):
@@ -153,8 +168,8 @@ def judge_again(detection: Detection | None, image_threshold, pixel_threshold):
     image_threshold, pixel_threshold, _ = read_settings(image_threshold, pixel_threshold, *DEFAULT_SETTINGS)
     if detection is None:
         return decide(None, image_threshold), None, []
-    verdict, regions, picture = judge(get_model(detection.model), detection, image_threshold, pixel_threshold)
-    return verdict, picture, tabulate(regions, detection)
+    verdict, regions, contours = judge(get_model(detection.model), detection, image_threshold, pixel_threshold)
+    return verdict, write_png(contours), tabulate(regions, detection)
 
 
 def tabulate(regions, detection: Detection) -> list[list[Any]]:
@@ -171,13 +186,14 @@ def choose_region(detection: Detection | None, pixel_threshold, event: gr.Select
     """Frame the region of the table's row that was clicked."""
     if detection is None:
         return None
-    return judge(get_model(detection.model), detection, 0, pixel_threshold, int(event.row_value[0])).picture
+    framed = judge(get_model(detection.model), detection, 0, pixel_threshold, int(event.row_value[0]))
+    return write_png(framed.picture)
 
 
 def explain(detection: Detection | None):
     """The five pictures between the last picture and its reconstruction: at both noise scales, the predictions from
     both, and the guided one."""
-    return [None] * 5 if detection is None else detection.steps
+    return [None] * 5 if detection is None else [write_png(step) for step in detection.steps]
 
 
 def save_files(detection: Detection | None, image_threshold, pixel_threshold) -> list[str]:
@@ -367,15 +383,13 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(10**9, KEEP_SECONDS)) as demo:
                 with gr.Column(scale=4, min_width=320):
                     with gr.Row():
                         with gr.Column(min_width=300):
-                            heatmap = gr.ImageSlider(label="Picture | heatmap", format="png")
+                            heatmap = gr.ImageSlider(label="Picture | heatmap")
                             gr.HTML(LEGEND)
                         with gr.Column(min_width=300):
-                            reconstruction = gr.ImageSlider(label="Picture | reconstruction", format="png")
+                            reconstruction = gr.ImageSlider(label="Picture | reconstruction")
                     with gr.Row():
                         with gr.Column(min_width=300):
-                            contours = gr.Image(
-                                label="Contours of the defects", format="png", interactive=False, buttons=BUTTONS
-                            )
+                            contours = gr.Image(label="Contours of the defects", interactive=False, buttons=BUTTONS)
                         with gr.Column(min_width=300):
                             regions = gr.Dataframe(
                                 headers=["no.", "px", "%", "peak", "x, y, w × h"],
@@ -432,7 +446,7 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(10**9, KEEP_SECONDS)) as demo:
                 steps = []
                 for label, explanation in STEP_LABELS:
                     with gr.Column(min_width=200):
-                        steps.append(gr.Image(label=label, format="png", interactive=False, buttons=BUTTONS))
+                        steps.append(gr.Image(label=label, interactive=False, buttons=BUTTONS))
                         gr.Markdown(explanation)
         with gr.Tab("Learn"):
             gr.Markdown((HERE / "learn.md").read_text(encoding="utf-8"))

@@ -70,6 +70,19 @@ def test_a_file_says_what_the_pipeline_says(pipe: DiffusionADPipeline, folder: P
     assert detector.metadata["licence"] == "cc0-1.0" and detector.metadata["image_threshold"] == 0.5
 
 
+@pytest.mark.parametrize("name", ["d.onnx", "d.xml", "d.pt2"])
+def test_reconstructions_may_be_left_out(folder: Path, name: str) -> None:
+    whole, without = ExportedDetector(folder / name), ExportedDetector(folder / name, reconstructions=False)
+    expected, output = (detector(PICTURES, output_type="np", batch_size=2) for detector in (whole, without))
+    np.testing.assert_array_equal(output.anomaly_scores, expected.anomaly_scores)
+    for ours, theirs in zip(output.anomaly_maps, expected.anomaly_maps, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+    assert output.reconstructions is None
+    streamed = list(without.stream(PICTURES))
+    assert [one.reconstructions for one in streamed] == [None] * len(PICTURES)
+    assert streamed[1].anomaly_maps[0].size == PICTURES[1].shape[1::-1]
+
+
 def test_export_leaves_the_pipeline_alone(pipe: DiffusionADPipeline, folder: Path) -> None:
     assert pipe.segmentation.config.norm_type == "batch"
     assert torch.equal(pipe(PICTURES[0], output_type="pt").anomaly_maps, build_tiny_pipeline()(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from . import __version__
-from .exported import FORMAT_VERSION, LARGEST_BATCH, METADATA_KEY, ExportedDetector
+from .exported import FORMAT_VERSION, LARGEST_BATCH, METADATA_KEY, OUTPUTS, ExportedDetector
 from .image_files import write_atomically
 from .pipeline_diffusionad import DiffusionADPipeline
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
-OUTPUTS = ("anomaly_map", "score", "reconstruction")
 LARGEST_SIDE = 16384  # of a picture, in pixels
 # OpenVINO's int8 rounds what goes into convolutions and matrix products alone. NNCF would round the noised picture,
 # normalization, residual sums and attention too, and faint defects with them.

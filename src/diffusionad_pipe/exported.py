@@ -26,13 +26,14 @@ from .pil_modes import read_pil
 from .prefetch import prefetched
 
 Picture: TypeAlias = Image.Image | NDArray[Any]
-# Pictures [B, H, W, 3] uint8 -> maps [B, H, W], scores [B], reconstructions [B, H, W, 3], all float32.
+# Pictures [B, H, W, 3] uint8 -> maps [B, H, W], scores [B] and, if wanted, reconstructions [B, H, W, 3], all float32.
 Graph: TypeAlias = Callable[[NDArray[np.uint8]], Sequence[NDArray[np.float32]]]
-# Of one picture: map [H, W, 1], score [] and reconstruction [H, W, 3].
-Found: TypeAlias = tuple[NDArray[np.float32], np.float32, NDArray[np.float32]]
+# Of one picture: map [H, W, 1], score [] and, if wanted, reconstruction [H, W, 3].
+Found: TypeAlias = tuple[NDArray[np.float32], ...]
 
 FORMAT_VERSION = 1  # raised when this module could no longer run an older file, or an older module a newer file
 METADATA_KEY = "diffusionad"
+OUTPUTS = ("anomaly_map", "score", "reconstruction")
 LARGEST_BATCH = 16
 STREAM_BATCH = 8
 MAX_ASPECT_RATIO = 32  # as the pipeline's
@@ -51,7 +52,7 @@ class ExportedDetectorOutput:
         anomaly_maps: in [0, 1]. `"np"`: float32 `[B, H, W, 1]`, `"pil"`: pictures of mode L (1 is 255). Inputs of
             different sizes give a list.
         anomaly_scores: float32 `[B]`, in [0, 1].
-        reconstructions: the anomaly-free pictures, in [0, 1]. `"np"`: `[B, H, W, 3]`.
+        reconstructions: the anomaly-free pictures, in [0, 1]. `"np"`: `[B, H, W, 3]`. None where they are not wanted.
         predicted_masks: booleans (`"pil"`: mode L, 0 or 255) where the map is above the threshold. None without one.
         is_anomalous: `[B]`, where the score is above the threshold. None without one.
     """
@@ -72,6 +73,8 @@ class ExportedDetector:
         threads: CPU threads; None leaves it to the runtime.
         image_threshold: in place of the one in the file.
         pixel_threshold: likewise.
+        reconstructions: False leaves them out of the output, and resizing them, a tenth of a small model's time,
+            undone (in a `.pt2` file it is done all the same).
         options: of the runtime, by name: attributes of ONNX Runtime's `SessionOptions`, and `providers`; or OpenVINO's
             properties, and `DEVICE`. OpenVINO computes in float32 unless `INFERENCE_PRECISION_HINT` says otherwise.
 
@@ -92,6 +95,7 @@ class ExportedDetector:
         threads: int | None = None,
         image_threshold: float | None = None,
         pixel_threshold: float | None = None,
+        reconstructions: bool = True,
         options: dict[str, Any] | None = None,
     ):
         path = Path(path)
@@ -102,7 +106,8 @@ class ExportedDetector:
             raise ExportedFileError(f"{path}: there is no such file; write it with `diffusionad export`")
         loader = {"onnxruntime": _load_onnx, "openvino": _load_openvino, "torch": _load_torch}[runtime]
         try:
-            text, self.graph = loader(path, threads, dict(options or {}))
+            outputs = OUTPUTS if reconstructions else OUTPUTS[:2]
+            text, self.graph = loader(path, outputs, threads, dict(options or {}))
         except ModuleNotFoundError as error:
             raise ExportedFileError(f"{path} needs {runtime}, which is not installed: pip install {runtime}") from error
         except ExportedFileError:
@@ -185,8 +190,8 @@ class ExportedDetector:
         while start < len(pictures):
             batch = pictures[start : start + batch_size]
             count = next((i for i, picture in enumerate(batch) if picture.shape != batch[0].shape), len(batch))
-            maps, scores, reconstructions = self.graph(np.stack(batch[:count]))
-            for index, found in enumerate(zip(maps[..., None], scores, reconstructions)):
+            maps, *others = self.graph(np.stack(batch[:count]))
+            for index, found in enumerate(zip(maps[..., None], *others)):
                 # NaN is above no threshold, so the picture would pass as good.
                 if not all(np.isfinite(part).all() for part in found):
                     raise ValueError(
@@ -197,13 +202,13 @@ class ExportedDetector:
             start += count
 
     def _to_output(self, found: list[Found], output_type: str) -> ExportedDetectorOutput:
-        maps, scores, reconstructions = (list(parts) for parts in zip(*found))
+        maps, scores, *reconstructions = (list(parts) for parts in zip(*found))
         all_scores = np.array(scores, dtype=np.float32)
         masks = None if self.pixel_threshold is None else [m > self.pixel_threshold for m in maps]
         return ExportedDetectorOutput(
             _collect(maps, output_type),
             all_scores,
-            _collect(reconstructions, output_type),
+            _collect(reconstructions[0], output_type) if reconstructions else None,
             None if masks is None else _collect(masks, output_type),
             None if self.image_threshold is None else all_scores > self.image_threshold,
         )
@@ -284,7 +289,9 @@ def _read_metadata(path: Path, text: str | None) -> dict[str, Any]:
     return metadata
 
 
-def _load_onnx(path: Path, threads: int | None, options: dict[str, Any]) -> tuple[str | None, Graph]:
+def _load_onnx(
+    path: Path, outputs: Sequence[str], threads: int | None, options: dict[str, Any]
+) -> tuple[str | None, Graph]:
     import onnxruntime
 
     providers = options.pop("providers", ["CPUExecutionProvider"])
@@ -295,16 +302,23 @@ def _load_onnx(path: Path, threads: int | None, options: dict[str, Any]) -> tupl
     session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     name = session.get_inputs()[0].name
-    return text, lambda pictures: session.run(None, {name: pictures})
+    wanted = onnxruntime.RunOptions()
+    wanted.only_execute_path_to_fetches = True
+    return text, lambda pictures: session.run(outputs, {name: pictures}, wanted)
 
 
-def _load_openvino(path: Path, threads: int | None, options: dict[str, Any]) -> tuple[str | None, Graph]:
+def _load_openvino(
+    path: Path, outputs: Sequence[str], threads: int | None, options: dict[str, Any]
+) -> tuple[str | None, Graph]:
     import openvino
 
     if not path.with_suffix(".bin").is_file():
         raise ExportedFileError(f"{path}: its weights, {path.with_suffix('.bin').name}, are not beside it")
     model = openvino.Core().read_model(path)
     text = model.get_rt_info(METADATA_KEY).astype(str) if model.has_rt_info(METADATA_KEY) else None
+    for result in model.get_results():
+        if not result.input_value(0).names & set(outputs):
+            model.remove_result(result)
     # Left alone, OpenVINO computes in bfloat16 where the CPU can.
     properties = {"INFERENCE_PRECISION_HINT": "f32"}
     if threads:
@@ -319,7 +333,9 @@ def _load_openvino(path: Path, threads: int | None, options: dict[str, Any]) -> 
     return text, run
 
 
-def _load_torch(path: Path, threads: int | None, options: dict[str, Any]) -> tuple[str | None, Graph]:
+def _load_torch(
+    path: Path, outputs: Sequence[str], threads: int | None, options: dict[str, Any]
+) -> tuple[str | None, Graph]:
     import torch
 
     if threads or options:
@@ -329,6 +345,7 @@ def _load_torch(path: Path, threads: int | None, options: dict[str, Any]) -> tup
 
     def run(pictures: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         with torch.no_grad():
-            return [result.numpy() for result in module(torch.from_numpy(pictures))]
+            found = module(torch.from_numpy(pictures))
+        return [result.numpy() for result in found[: len(outputs)]]
 
     return extra[METADATA_KEY], run
