@@ -73,8 +73,8 @@ class ExportedDetector:
         threads: CPU threads; None leaves it to the runtime.
         image_threshold: in place of the one in the file.
         pixel_threshold: likewise.
-        reconstructions: False leaves them out of the output, and resizing them, a tenth of a small model's time,
-            undone (in a `.pt2` file it is done all the same).
+        reconstructions: False leaves them out of the output; OpenVINO then does not resize them either, up to a tenth
+            of a small model's time.
         options: of the runtime, by name: attributes of ONNX Runtime's `SessionOptions`, and `providers`; or OpenVINO's
             properties, and `DEVICE`. OpenVINO computes in float32 unless `INFERENCE_PRECISION_HINT` says otherwise.
 
@@ -302,9 +302,7 @@ def _load_onnx(
     session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     name = session.get_inputs()[0].name
-    wanted = onnxruntime.RunOptions()
-    wanted.only_execute_path_to_fetches = True
-    return text, lambda pictures: session.run(outputs, {name: pictures}, wanted)
+    return text, lambda pictures: session.run(outputs, {name: pictures})
 
 
 def _load_openvino(
