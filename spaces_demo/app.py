@@ -144,7 +144,7 @@ def detect(picture, model, image_threshold, pixel_threshold, *settings):
 def write_png(image: Image.Image | None) -> str | None:
     """Write a picture for the page, where Gradio serves and deletes it, and return its path.
 
-    Gradio would compress it as hard as it can be, for a tenth fewer bytes: most of an answer's time went there.
+    Gradio would compress it at PNG's usual level, for a tenth fewer bytes: most of an answer's time went there.
     """
     if image is None:
         return None
