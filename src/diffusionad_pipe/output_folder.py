@@ -1,0 +1,470 @@
+"""A folder that a command writes into: what there is its own, one run at a time, and no half files.
+
+Every file is recorded, by name and content, in the hidden folder `.diffusionad` beside it before it appears. So what
+this package may replace, delete, or leave out as no picture is known by that record, not by a pattern or a place.
+Nothing else in this package deletes or replaces a file.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import unicodedata
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+PRIVATE = ".diffusionad"  # beside what it is about, so that both move together
+RECORD = "written.jsonl"
+RUN_SECONDS = 3.0  # a killed run's workers may live on for a moment, and hold its lock
+RECORD_SECONDS = 60.0  # for which a line is written to the record
+SUPERSEDED = 1000  # lines of contents that are no more, from which on the record is written anew
+
+LONGEST_NAME = 200  # bytes; file systems take 255, and others add endings of their own
+LONGEST_TEXT = 100  # of a name that came as text
+UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff/\\:*?"<>|]')
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
+
+CURES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "free some space, or raise the limit of file sizes",
+    errno.ENAMETOOLONG: "choose an output folder with a shorter path",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another output folder",
+    errno.EEXIST: "a file stands where a folder is needed; choose another output folder",
+}
+
+
+class OutputError(OSError):
+    """Something cannot be written, or must not be; the message names it, the cause and the cure."""
+
+
+class Content(NamedTuple):
+    """What was written under a name.
+
+    Args:
+        size: in bytes; -1 for a file that grows, whose content is ours whatever it is.
+        modified: time of change in nanoseconds: the same one, and the size, spare reading the file again.
+        sha256: of the content.
+    """
+
+    size: int
+    modified: int
+    sha256: str
+
+    def is_in(self, file: Path) -> bool:
+        """Whether a file has this content still."""
+        if self.size < 0:
+            return file.is_file()
+        try:
+            status = os.stat(file)
+            if status.st_size != self.size:
+                return False
+            return status.st_mtime_ns == self.modified or sha256_of(file) == self.sha256
+        except OSError:
+            return False
+
+
+GROWING = Content(-1, 0, "")
+
+
+class OutputFolder:
+    """The folder that a command writes its results into.
+
+        with OutputFolder("results") as folder:
+            folder.write("map.png", image.save)
+
+    Inside `with` no other run can have it. Without, single files can be written beside a run, as the processes that
+    share its work do.
+
+    Args:
+        path: is made when something is written.
+        option: by which the user chose it, for messages.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], option: str = "--output") -> None:
+        self.path = Path(path)
+        self.option = option
+        self._private = self.path / PRIVATE
+        self._record: dict[str, list[Content]] | None = None
+        self._run_lock = FileLock(self._private / "run.lock", timeout=RUN_SECONDS)
+        self._record_lock = FileLock(self._private / "record.lock", timeout=RECORD_SECONDS)
+
+    def __enter__(self) -> "OutputFolder":
+        with self._explained(self.path):
+            self._private.mkdir(parents=True, exist_ok=True)
+            try:
+                self._run_lock.acquire()
+            except Timeout:
+                raise OutputError(
+                    f"{self.path}: another run of diffusionad is writing into this folder; wait for its end, or choose "
+                    f"another {self.option}"
+                ) from None
+        try:
+            shutil.rmtree(self._private / "unfinished", ignore_errors=True)  # of a run that was killed
+            with self._explained(self.path):
+                self._shorten_record()
+        except BaseException:
+            self._run_lock.release()
+            raise
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._run_lock.release()
+
+    @property
+    def record(self) -> dict[str, list[Content]]:
+        """Relative names, with slashes, of all that was written -> its contents, of which the last should be there."""
+        if self._record is None:
+            self._record = read_record(self.path)
+        return self._record
+
+    def owns(self, name: str) -> bool:
+        """Whether there is a file of this name that this package wrote, as it wrote it."""
+        file = self._place(name)
+        return any(content.is_in(file) for content in reversed(self.record.get(name, ())))
+
+    def is_free(self, name: str) -> bool:
+        """Whether nothing has this name, or an own file that may be replaced."""
+        return not os.path.lexists(self._place(name)) or self.owns(name)
+
+    def require_free(self, *names: str) -> None:
+        """Fail before the work rather than after it, where one of these could not be written.
+
+        Raises:
+            OutputError: names the file.
+        """
+        for name in names:
+            if not self.is_free(name):
+                known = name in self.record
+                cause = "was changed after diffusionad wrote it" if known else "was not written by diffusionad"
+                raise OutputError(
+                    f"{self._place(name)} {cause}, so it is not overwritten; move it away, or choose another "
+                    f"{self.option}"
+                )
+
+    def write(self, name: str, write: Callable[[Path], object]) -> Path:
+        """Write a file so that nobody ever sees half of it, and an older one survives a failure.
+
+        Args:
+            name: relative to the folder, with slashes; sub-folders are made.
+            write: writes a temporary file at the path that it is called with, which has the same suffix.
+
+        Returns:
+            The file.
+
+        Raises:
+            OutputError: when it cannot be written, or would replace something that is not ours.
+        """
+        place = self._place(name)
+        self.require_free(name)
+        with self._explained(place), self.temporary() as folder:
+            temporary = folder / f"file{place.suffix}"
+            write(temporary)
+            self._move(temporary, name)
+        return place
+
+    def write_text(self, name: str, text: str) -> Path:
+        """[`write`] for a text in UTF-8."""
+        return self.write(name, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
+
+    def write_tree(self, name: str, write: Callable[[Path], object]) -> Path:
+        """Write a folder with all that is in it, which appears as a whole. One of that name must not be there.
+
+        Args:
+            name: as in [`write`].
+            write: fills the folder, made and empty, that it is called with.
+
+        Raises:
+            OutputError: when it cannot be written, or is there.
+        """
+        place = self._place(name)
+        with self._explained(place), self.temporary() as folder:
+            write(folder)
+            if os.path.lexists(place):
+                raise OutputError(f"{place} is there already; remove it, or choose another {self.option}")
+            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+            self._add({f"{name}/{file.relative_to(folder).as_posix()}": content_of(file) for file in files})
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder, place)
+        return place
+
+    def move_in(self, folder: Path, name: str = "") -> None:
+        """Put the files of a temporary folder into their places, one by one, in place of older ones of ours.
+
+        Args:
+            folder: of [`temporary`].
+            name: of the sub-folder that they come into; the folder itself by default.
+
+        Raises:
+            OutputError: when one of them would replace something that is not ours, before any is moved.
+        """
+        files = {
+            str(PurePosixPath(name, file.relative_to(folder).as_posix())): file
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        self.require_free(*files)
+        with self._explained(self.path):
+            for own, file in files.items():
+                self._move(file, own)
+
+    def open_growing(self, name: str) -> Path:
+        """The path of a file that is appended to, such as a log: recorded as ours, whatever its content will be."""
+        place = self._place(name)
+        if GROWING not in self.record.get(name, ()):
+            if os.path.lexists(place) and not self.owns(name):
+                self.require_free(name)
+            with self._explained(place):
+                self._add({name: GROWING})
+                place.parent.mkdir(parents=True, exist_ok=True)
+        return place
+
+    def append(self, name: str, text: str) -> None:
+        """Append lines to a growing file; of what cannot be written whole, nothing stays.
+
+        Raises:
+            OutputError: when they cannot be written.
+        """
+        place = self.open_growing(name)
+        with self._explained(place):
+            append_whole(place, text)
+
+    def adopt(self, *files: Path) -> None:
+        """Record files below this folder that others have written for us as they are now: a tracker's, say."""
+        self._add({file.relative_to(self.path).as_posix(): content_of(file) for file in files})
+
+    def remove(self, name: str) -> bool:
+        """Delete an own file; one that is not ours, or was changed, stays.
+
+        Returns:
+            Whether it is gone.
+        """
+        if not self.owns(name):
+            return not os.path.lexists(self._place(name))
+        with self._explained(self._place(name)):
+            self._place(name).unlink()
+        return True
+
+    def remove_tree(self, name: str = "") -> bool:
+        """Delete the own files of a sub-folder, or of all the folder, and the folders that are empty then.
+
+        Returns:
+            Whether nothing is left: files that are not ours stay.
+        """
+        start = f"{name}/" if name else ""
+        removed = [own for own in self.record if own.startswith(start) and self.remove(own)]
+        folders = {parent for own in removed for parent in PurePosixPath(own).parents} - {PurePosixPath(".")}
+        for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+            with suppress(OSError):  # where something else lies, it stays
+                (self.path / folder).rmdir()
+        top = self.path / name
+        return not os.path.lexists(top) or {entry.name for entry in os.scandir(top)} <= {PRIVATE}
+
+    @contextmanager
+    def temporary(self) -> Iterator[Path]:
+        """A folder on the same file system that is deleted at the end, with what is left in it."""
+        folder = self._private / "unfinished" / uuid.uuid4().hex
+        with self._explained(self.path):
+            folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _place(self, name: str) -> Path:
+        parts = PurePosixPath(name).parts
+        if not parts or any(part in ("..", "/") or UNSAFE.search(part) for part in parts):
+            raise ValueError(f"{name!r} is no name for a file in an output folder")  # a fault of ours
+        return self.path.joinpath(*parts)
+
+    def _move(self, temporary: Path, name: str) -> None:
+        """The record comes first: whoever kills us in between leaves a line too many, and no file of nobody's."""
+        place = self._place(name)
+        self._add({name: content_of(temporary)})
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, place)
+
+    def _add(self, contents: dict[str, Content]) -> None:
+        self._private.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            self.record.setdefault(name, []).append(content)
+        lines = "".join(json.dumps([name, *content]) + "\n" for name, content in contents.items())
+        with self._record_lock:
+            append_whole(self._private / RECORD, lines)
+
+    def _shorten_record(self) -> None:
+        """Forget contents that are no more; read what others have written meanwhile."""
+        with self._record_lock:
+            self._record = read_record(self.path)
+            if sum(len(contents) - 1 for contents in self._record.values()) < SUPERSEDED:
+                return
+            # The last but one may be there: whoever wrote the last was killed before it was in its place.
+            self._record = {name: contents[-2:] for name, contents in self._record.items()}
+            temporary = self._private / f"{uuid.uuid4().hex}.jsonl"
+            try:
+                with open(temporary, "w", encoding="ascii") as file:
+                    for name, contents in self._record.items():
+                        file.writelines(json.dumps([name, *content]) + "\n" for content in contents)
+                os.replace(temporary, self._private / RECORD)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _explained(self, place: Path) -> Iterator[None]:
+        try:
+            yield
+        except OutputError:
+            raise
+        except OSError as error:
+            # NumPy, which has written less than it wanted, gives no number.
+            cause = str(error) if error.errno is None else os.strerror(error.errno)
+            cure = CURES.get(error.errno or errno.ENOSPC, f"choose another {self.option}")
+            raise OutputError(f"{place} cannot be written ({cause}): {cure}") from error
+
+
+class OwnProducts:
+    """The records of all folders above some files, each read once: which of them this package wrote."""
+
+    def __init__(self) -> None:
+        self._records: dict[Path, dict[str, list[Content]]] = {}
+
+    def __contains__(self, file: str | os.PathLike[str]) -> bool:
+        return any(self._is_recorded(Path(path)) for path in {os.path.abspath(file), os.path.realpath(file)})
+
+    def _is_recorded(self, file: Path) -> bool:
+        for folder in file.parents:
+            if folder not in self._records:
+                self._records[folder] = read_record(folder)
+            record = self._records[folder]
+            contents = record.get(file.relative_to(folder).as_posix(), ()) if record else ()
+            if any(content.is_in(file) for content in reversed(contents)):
+                return True
+        return False
+
+
+def write_file(path: str | os.PathLike[str], write: Callable[[Path], object], option: str = "--output") -> None:
+    """Write one file beside others, whose folder is not ours; see [`OutputFolder.write`]."""
+    path = Path(os.path.abspath(path))
+    OutputFolder(path.parent, option).write(path.name, write)
+
+
+def edit_file(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file anew that the user has asked to change, whoever wrote it: a model's card, say.
+
+    It is ours afterwards only if it was before.
+    """
+    path = Path(os.path.abspath(path))
+    folder = OutputFolder(path.parent)
+    if folder.owns(path.name):
+        folder.write_text(path.name, text)
+        return
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def safe_name(text: str, longest: int = LONGEST_TEXT) -> str:
+    """A name for a file or folder from a text of whatever origin: a category, a picture's name, a Hub id.
+
+    Args:
+        text: may hold slashes, `..`, control characters, half of a character, or nothing.
+        longest: bytes that the name may have.
+
+    Returns:
+        The text itself where every file system takes it; else what is left of it, with a hash of all of it, so that
+        different texts have different names.
+    """
+    name = UNSAFE.sub("_", text).strip(" ").lstrip(".").rstrip(". ")
+    if RESERVED.fullmatch(name):
+        name = f"_{name}"
+    if name == text and name and len(name.encode()) <= longest:
+        return name
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    # The end of a name tells more than its beginning; half a character is left out.
+    end = name.encode()[-(longest - len(digest) - 1) :].decode(errors="ignore")
+    return f"{end}-{digest}" if end else digest
+
+
+def folded(name: str) -> str:
+    """The same for names that some file system takes for one: of other case, or otherwise composed."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def read_record(folder: Path) -> dict[str, list[Content]]:
+    """What [`OutputFolder.record`] says of a folder; of a line that a killed run did not end, nothing."""
+    try:
+        text = (folder / PRIVATE / RECORD).read_text(encoding="ascii")
+    except (OSError, ValueError):  # there is none, or it is not ours
+        return {}
+    record: dict[str, list[Content]] = {}
+    for line in text.splitlines():
+        try:
+            name, size, modified, sha256 = json.loads(line)
+        except (ValueError, TypeError):
+            continue
+        record.setdefault(str(name), []).append(Content(size, modified, sha256))
+    return record
+
+
+def content_of(file: Path) -> Content:
+    """The content of a file, as a record has it."""
+    status = os.stat(file)
+    return Content(status.st_size, status.st_mtime_ns, sha256_of(file))
+
+
+def sha256_of(file: str | os.PathLike[str]) -> str:
+    """Of a file's content, as hexadecimal digits; raises OSError."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def append_whole(file: Path, text: str) -> None:
+    """Append to a file, or leave it as it was: half a line would hide the next one."""
+    with open(file, "ab") as opened:
+        end = opened.seek(0, os.SEEK_END)
+        try:
+            if end and not _ends_a_line(file):  # a killed run left half of one
+                opened.write(b"\n")
+            opened.write(text.encode("utf-8", "backslashreplace"))
+            opened.flush()
+        except OSError:
+            os.truncate(file, end)
+            raise
+
+
+def _ends_a_line(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        opened.seek(-1, os.SEEK_END)
+        return opened.read(1) == b"\n"
+
+
+def unique_names(names: Iterable[str], endings: Iterable[str], is_taken: Callable[[str], Any]) -> list[str]:
+    """Names to begin files with, such that no file of one has the name of another's.
+
+    Args:
+        names: as they should be; may repeat.
+        endings: what is appended to a name, each a file of its own.
+        is_taken: whether a file's name cannot be had.
+
+    Returns:
+        The same names, in order, with a number where one of their files would have had a name that is taken.
+    """
+    endings, given, unique = list(endings), set[str](), []
+    for name in names:
+        candidate, number = name, 2
+        while any(folded(candidate + ending) in given or is_taken(candidate + ending) for ending in endings):
+            candidate, number = f"{name}-{number}", number + 1
+        given |= {folded(candidate + ending) for ending in endings}
+        unique.append(candidate)
+    return unique
