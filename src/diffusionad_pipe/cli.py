@@ -9,6 +9,7 @@ from .commands_models import convert, export, info, push, space
 from .commands_pictures import calibrate, evaluate, predict
 from .commands_training import check_data, preview_synthesis, train
 from .freed_memory import keep_freed_memory
+from .progress import silence_libraries
 
 # Training writes its settings with underscores: both spellings are taken, so that they can be copied.
 UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}
@@ -26,6 +27,7 @@ def main() -> None:
     `diffusionad COMMAND --help` explains a command and shows how it is used.
     """
     keep_freed_memory()
+    silence_libraries()
 
 
 app.command()(predict)
