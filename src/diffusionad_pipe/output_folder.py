@@ -53,11 +53,13 @@ class Content(NamedTuple):
         size: in bytes; -1 for a file that grows, whose content is ours whatever it is.
         modified: time of change in nanoseconds: the same one, and the size, spare reading the file again.
         sha256: of the content.
+        writer: the command that wrote it.
     """
 
     size: int
     modified: int
     sha256: str
+    writer: str
 
     def is_in(self, file: Path) -> bool:
         """Whether a file has this content still."""
@@ -72,13 +74,11 @@ class Content(NamedTuple):
             return False
 
 
-GROWING = Content(-1, 0, "")
-
 
 class OutputFolder:
     """The folder that a command writes its results into.
 
-        with OutputFolder("results") as folder:
+        with OutputFolder("results", "predict") as folder:
             folder.write("map.png", image.save)
 
     Inside `with` no other run can have it. Without, single files can be written beside a run, as the processes that
@@ -86,11 +86,13 @@ class OutputFolder:
 
     Args:
         path: is made when something is written.
-        option: by which the user chose it, for messages.
+        writer: the command. What other commands of this package wrote into the folder is not its own.
+        option: by which the user chose the folder, for messages.
     """
 
-    def __init__(self, path: str | os.PathLike[str], option: str = "--output") -> None:
+    def __init__(self, path: str | os.PathLike[str], writer: str = "", option: str = "--output") -> None:
         self.path = Path(path)
+        self.writer = writer
         self.option = option
         self._private = self.path / PRIVATE
         self._record: dict[str, list[Content]] | None = None
@@ -121,13 +123,22 @@ class OutputFolder:
 
     @property
     def record(self) -> dict[str, list[Content]]:
-        """Relative names, with slashes, of all that was written -> its contents, of which the last should be there."""
+        """Relative names, with slashes, of all that this command wrote -> its contents; the last should be there."""
         if self._record is None:
-            self._record = read_record(self.path)
+            self.read_record()
+            assert self._record is not None
         return self._record
 
+    def read_record(self) -> None:
+        """See what other processes have written meanwhile."""
+        own = {
+            name: [content for content in contents if content.writer == self.writer]
+            for name, contents in read_record(self.path).items()
+        }
+        self._record = {name: contents for name, contents in own.items() if contents}
+
     def owns(self, name: str) -> bool:
-        """Whether there is a file of this name that this package wrote, as it wrote it."""
+        """Whether there is a file of this name that this command wrote, as it wrote it."""
         file = self._place(name)
         return any(content.is_in(file) for content in reversed(self.record.get(name, ())))
 
@@ -143,11 +154,10 @@ class OutputFolder:
         """
         for name in names:
             if not self.is_free(name):
-                known = name in self.record
-                cause = "was changed after diffusionad wrote it" if known else "was not written by diffusionad"
+                cause = "is no longer" if name in self.record else "is not"
                 raise OutputError(
-                    f"{self._place(name)} {cause}, so it is not overwritten; move it away, or choose another "
-                    f"{self.option}"
+                    f"{self._place(name)} {cause} what diffusionad {self.writer} wrote here, so it is not overwritten; "
+                    f"move it away, or choose another {self.option}"
                 )
 
     def write(self, name: str, write: Callable[[Path], object]) -> Path:
@@ -191,7 +201,7 @@ class OutputFolder:
             if os.path.lexists(place):
                 raise OutputError(f"{place} is there already; remove it, or choose another {self.option}")
             files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-            self._add({f"{name}/{file.relative_to(folder).as_posix()}": content_of(file) for file in files})
+            self._add({f"{name}/{file.relative_to(folder).as_posix()}": self._content(file) for file in files})
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(folder, place)
         return place
@@ -218,12 +228,12 @@ class OutputFolder:
 
     def open_growing(self, name: str) -> Path:
         """The path of a file that is appended to, such as a log: recorded as ours, whatever its content will be."""
-        place = self._place(name)
-        if GROWING not in self.record.get(name, ()):
+        place, growing = self._place(name), Content(-1, 0, "", self.writer)
+        if growing not in self.record.get(name, ()):
             if os.path.lexists(place) and not self.owns(name):
                 self.require_free(name)
             with self._explained(place):
-                self._add({name: GROWING})
+                self._add({name: growing})
                 place.parent.mkdir(parents=True, exist_ok=True)
         return place
 
@@ -239,7 +249,7 @@ class OutputFolder:
 
     def adopt(self, *files: Path) -> None:
         """Record files below this folder that others have written for us as they are now: a tracker's, say."""
-        self._add({file.relative_to(self.path).as_posix(): content_of(file) for file in files})
+        self._add({file.relative_to(self.path).as_posix(): self._content(file) for file in files})
 
     def remove(self, name: str) -> bool:
         """Delete an own file; one that is not ours, or was changed, stays.
@@ -285,10 +295,14 @@ class OutputFolder:
             raise ValueError(f"{name!r} is no name for a file in an output folder")  # a fault of ours
         return self.path.joinpath(*parts)
 
+    def _content(self, file: Path) -> Content:
+        status = os.stat(file)
+        return Content(status.st_size, status.st_mtime_ns, sha256_of(file), self.writer)
+
     def _move(self, temporary: Path, name: str) -> None:
         """The record comes first: whoever kills us in between leaves a line too many, and no file of nobody's."""
         place = self._place(name)
-        self._add({name: content_of(temporary)})
+        self._add({name: self._content(temporary)})
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, place)
 
@@ -301,18 +315,18 @@ class OutputFolder:
             append_whole(self._private / RECORD, lines)
 
     def _shorten_record(self) -> None:
-        """Forget contents that are no more; read what others have written meanwhile."""
+        """Forget contents that are no more."""
         with self._record_lock:
-            self._record = read_record(self.path)
-            if sum(len(contents) - 1 for contents in self._record.values()) < SUPERSEDED:
+            record = read_record(self.path)
+            self.read_record()
+            if sum(len(contents) - 2 for contents in record.values()) < SUPERSEDED:
                 return
-            # The last but one may be there: whoever wrote the last was killed before it was in its place.
-            self._record = {name: contents[-2:] for name, contents in self._record.items()}
             temporary = self._private / f"{uuid.uuid4().hex}.jsonl"
             try:
                 with open(temporary, "w", encoding="ascii") as file:
-                    for name, contents in self._record.items():
-                        file.writelines(json.dumps([name, *content]) + "\n" for content in contents)
+                    for name, contents in record.items():
+                        # The last but one may be there: whoever wrote the last was killed before it was in its place.
+                        file.writelines(json.dumps([name, *content]) + "\n" for content in contents[-2:])
                 os.replace(temporary, self._private / RECORD)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -350,10 +364,12 @@ class OwnProducts:
         return False
 
 
-def write_file(path: str | os.PathLike[str], write: Callable[[Path], object], option: str = "--output") -> None:
-    """Write one file beside others, whose folder is not ours; see [`OutputFolder.write`]."""
+def write_file(
+    path: str | os.PathLike[str], write: Callable[[Path], object], writer: str = "", option: str = "--output"
+) -> None:
+    """Write one file into a folder whose other files are not ours; arguments and errors as of [`OutputFolder`]."""
     path = Path(os.path.abspath(path))
-    OutputFolder(path.parent, option).write(path.name, write)
+    OutputFolder(path.parent, writer, option).write(path.name, write)
 
 
 def edit_file(path: str | os.PathLike[str], text: str) -> None:
@@ -362,10 +378,11 @@ def edit_file(path: str | os.PathLike[str], text: str) -> None:
     It is ours afterwards only if it was before.
     """
     path = Path(os.path.abspath(path))
-    folder = OutputFolder(path.parent)
-    if folder.owns(path.name):
-        folder.write_text(path.name, text)
-        return
+    for writer in {content.writer for content in read_record(path.parent).get(path.name, ())}:
+        folder = OutputFolder(path.parent, writer)
+        if folder.owns(path.name):
+            folder.write_text(path.name, text)
+            return
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         temporary.write_text(text, encoding="utf-8", newline="\n")
@@ -410,17 +427,11 @@ def read_record(folder: Path) -> dict[str, list[Content]]:
     record: dict[str, list[Content]] = {}
     for line in text.splitlines():
         try:
-            name, size, modified, sha256 = json.loads(line)
+            name, size, modified, sha256, writer = json.loads(line)
         except (ValueError, TypeError):
             continue
-        record.setdefault(str(name), []).append(Content(size, modified, sha256))
+        record.setdefault(str(name), []).append(Content(size, modified, sha256, writer))
     return record
-
-
-def content_of(file: Path) -> Content:
-    """The content of a file, as a record has it."""
-    status = os.stat(file)
-    return Content(status.st_size, status.st_mtime_ns, sha256_of(file))
 
 
 def sha256_of(file: str | os.PathLike[str]) -> str:
