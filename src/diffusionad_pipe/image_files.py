@@ -1,5 +1,6 @@
 """Picture files: finding, opening and writing them. Every error names the path, the cause and the cure."""
 
+import logging
 import os
 import stat
 import uuid
@@ -8,6 +9,10 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 from PIL import Image, ImageFile
+
+from .output_folder import OwnProducts
+
+logger = logging.getLogger(__name__)
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -109,7 +114,8 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
 
     Args:
         paths: files, taken as they are whatever their suffix, and folders, searched recursively for files
-            with one of `IMAGE_SUFFIXES`. Hidden files and folders are skipped, links are followed.
+            with one of `IMAGE_SUFFIXES`. Hidden files and folders are skipped, links are followed. What this package
+            wrote itself, drawings, maps and samples, is left out, with a warning that counts it.
 
     Returns:
         The files in the order of `paths`, those of a folder sorted, each once.
@@ -118,6 +124,7 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
         ImageFileError: if a path does not exist, or a folder cannot be read or has no pictures.
     """
     found: dict[str, Path] = {}
+    products, left_out = OwnProducts(), 0
     for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
         path = Path(path)
         if not os.path.exists(path):
@@ -126,8 +133,15 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
         if not files:
             suffixes = " ".join(IMAGE_SUFFIXES)
             raise ImageFileError(f"{path}: this folder has no pictures; their names must end in one of {suffixes}")
-        for file in files:
+        pictures = [file for file in files if file not in products]
+        left_out += len(files) - len(pictures)
+        for file in pictures:
             found.setdefault(os.path.abspath(file), file)
+    if left_out:
+        sentence = f"{left_out} pictures are left out, which diffusionad wrote itself: drawings, maps, masks or samples"
+        if not found:
+            raise ImageFileError(f"{path}: {sentence}; give other pictures")
+        logger.warning(sentence)
     return list(found.values())
 
 

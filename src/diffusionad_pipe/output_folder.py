@@ -74,7 +74,6 @@ class Content(NamedTuple):
             return False
 
 
-
 class OutputFolder:
     """The folder that a command writes its results into.
 
@@ -94,6 +93,7 @@ class OutputFolder:
         self.path = Path(path)
         self.writer = writer
         self.option = option
+        self._command = f"diffusionad {writer}".rstrip()
         self._private = self.path / PRIVATE
         self._record: dict[str, list[Content]] | None = None
         self._run_lock = FileLock(self._private / "run.lock", timeout=RUN_SECONDS)
@@ -156,7 +156,7 @@ class OutputFolder:
             if not self.is_free(name):
                 cause = "is no longer" if name in self.record else "is not"
                 raise OutputError(
-                    f"{self._place(name)} {cause} what diffusionad {self.writer} wrote here, so it is not overwritten; "
+                    f"{self._place(name)} {cause} what {self._command} wrote here, so it is not overwritten; "
                     f"move it away, or choose another {self.option}"
                 )
 
@@ -326,7 +326,9 @@ class OutputFolder:
                 with open(temporary, "w", encoding="ascii") as file:
                     for name, contents in record.items():
                         # The last but one may be there: whoever wrote the last was killed before it was in its place.
-                        file.writelines(json.dumps([name, *content]) + "\n" for content in contents[-2:])
+                        growing = [content for content in contents if content.size < 0]
+                        kept = dict.fromkeys([*growing, *contents[-2:]])
+                        file.writelines(json.dumps([name, *content]) + "\n" for content in kept)
                 os.replace(temporary, self._private / RECORD)
             finally:
                 temporary.unlink(missing_ok=True)
