@@ -9,17 +9,21 @@ import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
+
+DIFFUSIONAD = Path(sys.executable).with_name("diffusionad")  # the installed command, which is a script too
 
 context = multiprocessing.get_context("forkserver")
 # What is not installed is left out.
@@ -50,6 +54,15 @@ class ScriptProcess:
         self.process = context.Process(target=_run, args=(self.arguments, names, *settings, own_session))
         self.process.start()
         self.pid: int = self.process.pid
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 240) -> None:
+        """Until a condition holds; a script that ends before, or takes longer, fails with what it has written."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self.process.exitcode is not None or time.monotonic() > deadline:
+                assert condition(), [file.read()[-2000:] for file in self.outputs]
+                break
+            time.sleep(0.002)
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -121,6 +134,9 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # also where the tests run in the background, and ignore it
     for what, amount in limits.items():
         resource.setrlimit(what, (amount, amount))
     sys.argv = arguments

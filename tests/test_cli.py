@@ -5,16 +5,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from script_processes import DIFFUSIONAD, ScriptProcess
 from typer.testing import CliRunner
 
 from diffusionad_pipe import DiffusionADPipeline
@@ -40,14 +38,6 @@ def folder(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.randint(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
     return tmp_path / "pictures"
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[Callable[[], None]]:
-    """Ends a command as Ctrl-C does, also where the tests run in the background and would ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield lambda: os.kill(os.getpid(), signal.SIGINT)
-    signal.signal(signal.SIGINT, before)
 
 
 def predict(*arguments: object, listed: str | None = None):
@@ -239,16 +229,16 @@ def test_dtype_and_tiles_are_those_of_the_pipeline(model: Path, folder: Path, tm
     assert len(set(scores[:3])) == 3
 
 
-def test_an_interrupted_run_keeps_what_is_done(
-    model: Path, folder: Path, tmp_path: Path, ctrl_c: Callable[[], None]
-) -> None:
+def test_an_interrupted_run_keeps_what_is_done(model: Path, folder: Path, tmp_path: Path) -> None:
     for index in range(50):
         (folder / f"{index:03d}.png").write_bytes((folder / "a.png").read_bytes())
     output = tmp_path / "out"
-    wait = in_background(lambda: count_lines(output) > 2, ctrl_c)
-    result = predict(folder, "--model", model, "--output", output, "--batch-size", 1)
-    wait()
-    assert result.exit_code == 130 and "the same command goes on" in result.output, result.output
+    arguments = ["predict", folder, "--model", model, "--output", output, "--batch-size", 1]
+    with ScriptProcess([DIFFUSIONAD, *arguments]) as process:
+        process.wait_for(lambda: count_lines(output) > 2)
+        process.send_signal(signal.SIGINT)
+        result = process.finish()
+    assert result.returncode == 130 and "the same command goes on" in result.stdout, result.stderr
     done = len(rows(output))
     assert 2 < done < 54
     result = predict(folder, "--model", model, "--output", output)
@@ -256,7 +246,7 @@ def test_an_interrupted_run_keeps_what_is_done(
     assert len(rows(output)) == 54
 
 
-def test_watching_a_folder(model: Path, folder: Path, tmp_path: Path, ctrl_c: Callable[[], None]) -> None:
+def test_watching_a_folder(model: Path, folder: Path, tmp_path: Path) -> None:
     """Pictures that are there, one that comes, one that is written slowly; then Ctrl-C."""
     output, late, slow = tmp_path / "out", folder / "late.png", folder / "slow.png"
     content = (folder / "a.png").read_bytes()
@@ -266,21 +256,19 @@ def test_watching_a_folder(model: Path, folder: Path, tmp_path: Path, ctrl_c: Ca
         with open(output / "results.csv", newline="", encoding="utf-8") as file:
             return {Path(row["path"]).name for row in csv.DictReader(file) if row["score"]}
 
-    def bring() -> None:
+    with ScriptProcess([DIFFUSIONAD, "predict", folder, "--model", model, "--output", output, "--watch"]) as process:
+        process.wait_for((output / "results.csv").exists)
         late.write_bytes(content)
         with open(slow, "wb") as file:
             for start in range(0, len(content), 1 + len(content) // 8):
                 file.write(content[start : start + 1 + len(content) // 8])
                 file.flush()
                 time.sleep(0.3)
-        wait_for(lambda: judged() >= {"late.png", "slow.png"})
-        ctrl_c()
-
-    wait = in_background((output / "results.csv").exists, bring)
-    result = predict(folder, "--model", model, "--output", output, "--watch")
-    wait()
-    assert result.exit_code == 0, result.output
-    assert "6 judged" in result.output and "slow.png: 0." in result.output
+        process.wait_for(lambda: judged() >= {"late.png", "slow.png"})
+        process.send_signal(signal.SIGINT)
+        result = process.finish()
+    assert result.returncode == 0, result.stderr
+    assert "6 judged" in result.stdout and "slow.png: 0." in result.stdout
     assert {Path(row["path"]).name for row in rows(output)} >= {"late.png", "slow.png"}
 
 
@@ -371,29 +359,10 @@ def test_help_teaches(command: str) -> None:
 
 
 def test_the_installed_command_lists_all() -> None:
-    script = Path(sys.executable).parent / "diffusionad"
-    output = subprocess.run([script, "--help"], capture_output=True, check=True, text=True).stdout
+    output = subprocess.run([DIFFUSIONAD, "--help"], capture_output=True, check=True, text=True).stdout
     assert all(command in output for command in COMMANDS)
 
 
 def count_lines(output: Path) -> int:
     journal = output / "results.jsonl"
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.002)
-
-
-def in_background(condition: Callable[[], bool], action: Callable[[], None]) -> Callable[[], None]:
-    """Do something beside the command once a condition holds; the result waits for its end."""
-
-    def run() -> None:
-        wait_for(condition)
-        action()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return lambda: thread.join(60)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from datasets import load_dataset
 from PIL import Image
-from script_processes import run_ranks, run_script
+from script_processes import DIFFUSIONAD, run_ranks, run_script
 from typer.testing import CliRunner
 
 from diffusionad_pipe import DiffusionADPipeline
@@ -30,14 +30,6 @@ def launch(output: Path, *arguments: object) -> subprocess.CompletedProcess[str]
         [sys.executable, *LAUNCH, "predict", *map(str, arguments), "--output", str(output), "--batch-size", "2"],
         capture_output=True, text=True, timeout=600, env=ENVIRONMENT,
     )  # fmt: skip
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    """What the command `diffusionad` is."""
-    path = tmp_path / "diffusionad.py"
-    path.write_text("from diffusionad_pipe.cli import app\napp()\n")
-    return path
 
 
 def table(output: Path) -> list[dict]:
@@ -95,9 +87,7 @@ def test_two_processes_give_the_table_of_one(model: Path, pictures: Path, tmp_pa
     assert len(list(two.glob("*.jsonl"))) == 1
 
 
-def test_two_processes_are_bit_identical_to_one_on_a_dataset(
-    model: Path, pictures: Path, script: Path, tmp_path: Path
-) -> None:
+def test_two_processes_are_bit_identical_to_one_on_a_dataset(model: Path, pictures: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     files = [{"image": {"bytes": (pictures / f"{index}.png").read_bytes(), "path": None}} for index in range(7)]
     rows = datasets.Dataset.from_list(files).cast_column("image", datasets.Image())
@@ -106,7 +96,7 @@ def test_two_processes_are_bit_identical_to_one_on_a_dataset(
     for count in (1, 2):
         output = tmp_path / f"out_{count}"
         arguments = ["predict", "--dataset", tmp_path / "rows.parquet", "--model", model, "--output", output]
-        for done in run_ranks([script, *arguments, "--batch-size", "2"], count, ENVIRONMENT):
+        for done in run_ranks([DIFFUSIONAD, *arguments, "--batch-size", "2"], count, ENVIRONMENT):
             assert done.returncode == 0, done.stderr
         tables.append(table(output))
     assert tables[0] == tables[1] and len(tables[0]) == 7
@@ -153,10 +143,10 @@ def test_watching_takes_one_process(model: Path, pictures: Path, tmp_path: Path)
 
 
 def test_running_out_of_memory_names_the_batch_size(
-    tiny_pipeline: DiffusionADPipeline, pictures: Path, script: Path, tmp_path: Path
+    tiny_pipeline: DiffusionADPipeline, pictures: Path, tmp_path: Path
 ) -> None:
     tiny_pipeline.register_to_config(image_size=8192)
     tiny_pipeline.save_pretrained(tmp_path / "huge")
     arguments = ["predict", pictures, "--model", tmp_path / "huge", "--output", tmp_path / "out"]
-    done = run_script([script, *arguments], ENVIRONMENT, {resource.RLIMIT_AS: 6 * 2**30})
+    done = run_script([DIFFUSIONAD, *arguments], ENVIRONMENT, {resource.RLIMIT_AS: 6 * 2**30})
     assert done.returncode == 1 and "out of memory with --batch-size 8: use a lower" in done.stderr, done.stderr
