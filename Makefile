@@ -7,7 +7,10 @@ PICTURES := training/data/hazelnut_toy/hazelnut/test
 TRAIN := $(BIN)/accelerate launch --num_processes 1 training/train.py
 resume = $(if $(wildcard runs/$(1)/checkpoint-*),--resume_from_checkpoint latest)
 
-.PHONY: demo test quality space train-hazelnut train-hazelnut-fast evaluate clean
+# A file at a time in each of two workers.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-slow test-all quality space train-hazelnut train-hazelnut-fast evaluate clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,8 +23,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed  ## find the defects in the shipped pictures
 	$(BIN)/diffusionad predict $(PICTURES) --model $(MODEL) --output demo_output --panels --overwrite
 
-test: $(VENV)/installed  ## all tests, a file at a time in each of two workers
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/installed  ## the tests, without the slow ones
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/installed  ## the others
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 quality: $(VENV)/installed  ## lint and types
 	$(BIN)/ruff check .

@@ -34,6 +34,8 @@ from diffusionad_pipe import (  # noqa: E402
     SegmentationUNet2DModel,
 )
 
+pytest_plugins = ["run_guard"]
+
 # Two workers take file after file: begun last, one of these would keep a single worker busy at the end.
 LONG_FILES = ["test_wheel", "test_training", "test_space", "test_space_browser", "test_export", "test_readme"]
 
