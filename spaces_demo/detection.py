@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from diffusionad_pipe import open_image
+from diffusionad_pipe.image_files import OR_RAISE_MAX_PIXELS
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,7 @@ def run_model(pipe: "DiffusionADPipeline", model: str, path: str, name: str, set
         image = open_image(path, max_pixels=MAX_PIXELS)
     except ValueError as error:
         # A visitor cannot raise the limit, and nobody needs a path of the server.
-        message = str(error).removeprefix(f"{path}: ").replace(" or raise max_pixels (--max-pixels)", "")
+        message = str(error).removeprefix(f"{path}: ").replace(OR_RAISE_MAX_PIXELS, "")
         raise ValueError(message) from error
 
     # At the networks' size from the start: a map of 24 megapixels would be kept for nothing.

@@ -144,5 +144,5 @@ def plain(root: Path) -> None:
     pictures(root, ["test/Riß/stück 4.jpg", "test/Riß/stück 5.png"])
     masks(root, ["ground_truth/Riß/stück 4.png", "ground_truth/Riß/stück 5_mask.png"], value=3)
     mask = Image.open(root / "ground_truth" / "Riß" / "stück 5_mask.png")
-    mask.putpalette([200, 200, 200] + [90, 0, 0] * 255)  # the index marks, not the colour
+    mask.putpalette([0, 0, 0] + [90, 0, 0] * 255)  # every colour but the first marks, however dark
     mask.save(root / "ground_truth" / "Riß" / "stück 5_mask.png")

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusionad_pipe.data import export_parquet, load_anomaly_dataset, read_mask
+from diffusionad_pipe.data import export_parquet, load_anomaly_dataset
+from diffusionad_pipe.masks import read_mask
 
 ROOT = Path(__file__).parents[1]
 HAZELNUT = ROOT / "training" / "data" / "hazelnut_toy" / "hazelnut"
@@ -121,7 +122,7 @@ def test_read_mask(values: list[int], mode: str, marked: list[int], tmp_path: Pa
     array = np.array([values], dtype=np.uint16 if mode == "I;16" else np.uint8)
     mask = Image.fromarray(array > 200 if mode == "1" else array)
     if mode == "P":
-        mask.putpalette([255, 255, 255] + [0, 0, 0] * 255)  # black on white: the index counts, not the colour
+        mask.putpalette([0, 0, 0, 128, 0, 0, 0, 64, 0] + [0, 0, 7] * 253)  # classes: the index counts, not the colour
     assert mask.mode == mode
     mask.save(tmp_path / "mask.png")
     for source in (mask, tmp_path / "mask.png", str(tmp_path / "mask.png")):
@@ -132,7 +133,7 @@ def test_read_mask(values: list[int], mode: str, marked: list[int], tmp_path: Pa
 def test_read_mask_in_colour() -> None:
     red = np.zeros((2, 3, 4), dtype=np.uint8)
     red[0, 0] = (255, 0, 0, 255)
-    red[1, 2] = (0, 0, 128, 0)
+    red[1, 2] = (0, 0, 128, 255)
     for mask in (Image.fromarray(red), Image.fromarray(red[..., :3])):
         assert read_mask(mask).tolist() == [[True, False, False], [False, False, True]]
 

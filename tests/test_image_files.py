@@ -141,7 +141,7 @@ def test_a_tiff_that_pillow_cannot_read_is_not_called_damaged(tmp_path):
     bits = struct.pack("<HHIHH", 258, 3, 1, 32, 0)  # the tag BitsPerSample
     assert bits in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(bits, struct.pack("<HHIHH", 258, 3, 1, 64, 0)))
-    with pytest.raises(ImageFileError, match="cannot read pixels of this kind; save it as a PNG"):
+    with pytest.raises(ImageFileError, match="cannot read pixels of this kind; save the picture as a PNG"):
         open_image(path)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data import HIGHEST_ID, decide, describe, find_categories, is_export, mask_values, read_mask
+from .data import decide, describe, find_categories, is_export
 from .data_layouts import LAYOUTS, Entry, is_picture, visa_table
-from .image_files import ImageFileError, PathLike, open_image
+from .image_files import ImageFileError, PathLike, open_image, open_marks
+from .masks import HIGHEST_ID, read_mask, stored_values
 
 MANY_GREY_PIXELS = 0.1  # share of a mask that anti-aliased edges do not reach: Magnetic-Tile's stay below 0.02
 
@@ -64,8 +65,8 @@ def _check_category(name: str, folder: Path, layout: str) -> list[Problem]:
     problems: list[Problem] = []
     seen: dict[bytes, Entry] = {}  # the first picture with these pixels
     for index, entry in enumerate(tqdm(entries, f"checking {name}", unit="picture", leave=False)):
-        picture = _open(entry.picture, problems)
-        mask = None if entry.mask is None else _open(entry.mask, problems)
+        picture = _open(entry.picture, open_image, problems)
+        mask = None if entry.mask is None else _open(entry.mask, open_marks, problems)
         if mask is not None:
             entries[index] = entry = decide(entry)
             problems += _mask_problems(entry, picture, mask)
@@ -90,12 +91,12 @@ def _check_category(name: str, folder: Path, layout: str) -> list[Problem]:
     return [*problems, Problem("note", folder, describe(name, layout, entries))]
 
 
-def _open(file: Path, problems: list[Problem]) -> Image.Image | None:
+def _open(file: Path, reader: Callable[[Path], Image.Image], problems: list[Problem]) -> Image.Image | None:
     if not file.is_file():
         problems.append(Problem("error", file, f"{file}: this file is missing; download the dataset again"))
         return None
     try:
-        return open_image(file)
+        return reader(file)
     except ImageFileError as error:
         problems.append(Problem("error", file, str(error)))
         return None
@@ -137,7 +138,7 @@ def _doubt(mask: Image.Image) -> str | None:
     """What makes one doubt that the values of a mask mean what [`read_mask`] takes them for."""
     if mask.format == "JPEG":
         return "a mask in JPEG, which changes values; save it as PNG"
-    values = mask_values(mask)
+    values = stored_values(mask)
     if read_mask(mask).all():
         return "marks every pixel; check that it is a mask, and not inverted"
     if mask.mode in ("1", "P") or values.max() <= HIGHEST_ID:

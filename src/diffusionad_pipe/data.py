@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from datasets.table import embed_table_storage
-from PIL import Image
 from tqdm.auto import tqdm
 
 from .data_layouts import LAYOUTS, Entry, split_of
-from .image_files import PathLike, open_image, write_atomically
+from .image_files import PathLike, write_atomically
+from .masks import read_mask
 
 logger = logging.getLogger(__name__)
 
-HIGHEST_ID = 31  # a mask without larger values holds the numbers of defects: VisA's do, and anti-aliased ones do not
 PICTURES_PER_FILE = 200  # of an export: a few hundred megabytes, which are held in memory
 
 FEATURES = datasets.Features(
@@ -189,38 +187,6 @@ def _row(entry: Entry, category: str) -> dict[str, Any]:
         "split": entry.split,
         "path": str(entry.picture),
     }
-
-
-def read_mask(mask: PathLike | Image.Image) -> np.ndarray:
-    """Where a mask marks a defect.
-
-    A bit, or an index of a palette, marks if it is not 0. So does a grey value if the whole mask has none above
-    `HIGHEST_ID`: they are numbers of defects. Otherwise a mask may be anti-aliased, and a value marks if it is above
-    half of white: from 128 on, or 32768 where there are values above 255. Of colours the brightest channel counts, and
-    transparency does not.
-
-    Args:
-        mask: its file, or the picture as [`open_image`] or a dataset's column gives it.
-
-    Returns:
-        bool `[H, W]`.
-
-    Raises:
-        ImageFileError: if the file cannot be read.
-    """
-    image = mask if isinstance(mask, Image.Image) else open_image(mask)
-    values = mask_values(image)
-    highest = values.max()
-    if image.mode in ("1", "P") or highest <= HIGHEST_ID:
-        return values > 0
-    return values > (127 if highest <= 255 else 32767)
-
-
-def mask_values(mask: Image.Image) -> np.ndarray:
-    """The values of a mask `[H, W]` as they are stored, the highest of a colour's three."""
-    if mask.mode in ("1", "P", "L", "F") or mask.mode.startswith("I"):
-        return np.asarray(mask)
-    return np.asarray(mask.convert("RGB")).max(axis=-1)
 
 
 def export_parquet(dataset: datasets.DatasetDict, folder: PathLike) -> None:

@@ -5,7 +5,6 @@ work, and metrics are computed again without the model. Nothing is chosen here: 
 """
 
 import hashlib
-import io
 import json
 import os
 import resource
@@ -28,9 +27,10 @@ from sklearn.exceptions import UndefinedMetricWarning
 from tqdm.auto import tqdm
 
 from .acceleration import join_processes
-from .data import load_anomaly_dataset, read_mask
-from .image_files import ImageFileError, open_image, write_atomically
+from .data import load_anomaly_dataset
+from .image_files import ImageFileError, open_cell, write_atomically
 from .image_processor import DiffusionADImageProcessor
+from .masks import read_mask
 from .metrics import measure, rank_pixels
 from .metrics_streaming import StreamingAnomalyMetrics
 from .operating_points import rank
@@ -137,8 +137,7 @@ class TestPictures:
 
     def picture(self, index: int) -> Image.Image:
         """Decoded; raises ImageFileError."""
-        cell = self.cells[index]["image"]
-        return open_image(cell["path"]) if cell["bytes"] is None else Image.open(io.BytesIO(cell["bytes"]))
+        return open_cell(self.cells[index]["image"], self.paths[index])
 
     def mask(self, index: int, size: tuple[int, int]) -> np.ndarray | None:
         """Booleans `[h, w]`: nothing for a good picture; None where nobody marked the defect of a defective one, so
@@ -147,7 +146,7 @@ class TestPictures:
         cell = self.cells[index]["mask"]
         if cell is None:
             return None if self.labels[index] else np.zeros(size, dtype=bool)
-        mask = read_mask(cell["path"] if cell["bytes"] is None else Image.open(io.BytesIO(cell["bytes"])))
+        mask = read_mask(cell, f"the mask of {self.paths[index]}")
         if mask.shape != size:
             (height, width), (own_height, own_width) = size, mask.shape
             raise ValueError(

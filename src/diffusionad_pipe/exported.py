@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .config_values import is_finite
-from .pil_modes import read_pil
+from .pixels import FULL_SCALE, check_kind, check_size, check_unit_range, read_pil
 from .prefetch import prefetched
 
 Picture: TypeAlias = Image.Image | NDArray[Any]
@@ -36,7 +36,6 @@ METADATA_KEY = "diffusionad"
 OUTPUTS = ("anomaly_map", "score", "reconstruction")
 LARGEST_BATCH = 16
 STREAM_BATCH = 8
-MAX_ASPECT_RATIO = 32  # as the pipeline's
 SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}
 
 
@@ -235,13 +234,9 @@ def to_rgb_uint8(picture: Picture) -> NDArray[np.uint8]:
         )
     array = read_pil(picture) if isinstance(picture, Image.Image) else picture
     array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or min(array.shape[:2]) < 8:
-        raise ValueError(
-            f"array of shape {array.shape}; make it [H, W] or [H, W, 1|3|4] with sides of at least 8 pixels"
-        )
-    if max(array.shape[:2]) > MAX_ASPECT_RATIO * min(array.shape[:2]):
-        height, width = array.shape[:2]
-        raise ValueError(f"{height} x {width} pixels; crop it to an aspect ratio of at most {MAX_ASPECT_RATIO}")
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        raise ValueError(f"array of shape {array.shape}; make it [H, W] or [H, W, C] with C = 1, 3 or 4")
+    check_size(*array.shape[:2])
     if array.dtype != np.uint8:
         array = _to_unit_range(array) * 255
     if array.shape[2] == 4:
@@ -252,12 +247,11 @@ def to_rgb_uint8(picture: Picture) -> NDArray[np.uint8]:
 
 
 def _to_unit_range(array: NDArray[Any]) -> NDArray[Any]:
-    if array.dtype in (np.bool_, np.uint16):
-        return array / (1.0 if array.dtype == np.bool_ else 65535.0)
-    if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"the range of {array.dtype.name} is not known; pass uint8, uint16 or floats in [0, 1]")
-    if not (np.isfinite(array).all() and array.min() >= -1e-6 and array.max() <= 1 + 1e-6):
-        raise ValueError("float values must be finite and in [0, 1]; divide 0..255 by 255 or pass uint8")
+    floating = np.issubdtype(array.dtype, np.floating)
+    check_kind(array.dtype.name, floating)
+    if not floating:
+        return array / FULL_SCALE[array.dtype.name]
+    check_unit_range(array.min(), array.max())
     return array.clip(0, 1)
 
 

@@ -17,17 +17,21 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .acceleration import explained_out_of_memory
 from .colours import COLOUR_SCALE
-from .pil_modes import read_pil
+from .pixels import (
+    FULL_SCALE,
+    MAX_ASPECT_RATIO,
+    MIN_SIDE,
+    check_kind,
+    check_size,
+    check_unit_range,
+    read_pil,
+)
 
 Picture: TypeAlias = Image.Image | NDArray[Any] | torch.Tensor
 Pictures: TypeAlias = Picture | Sequence[Picture]
 
 CHANNELS = (1, 3, 4)  # grey, RGB and RGBA
 OUTPUT_TYPES = ("pil", "np", "pt")
-
-# The value that means white, by dtype. Other integers are refused: nothing says where their white is.
-FULL_SCALE = {"bool": 1.0, "uint8": 255.0, "uint16": 65535.0}
-TOLERANCE = 1e-6  # rounding of the caller's own arithmetic around 0 and 1
 
 CONTOUR_COLOUR = (0, 229, 255)  # not a colour of the scale, and rare on surfaces
 PANEL_SIDES = (256, 512)  # the longest side of a picture in a panel
@@ -47,8 +51,8 @@ class DiffusionADImageProcessor:
         self,
         *,
         background: tuple[int, int, int] = (255, 255, 255),
-        min_side: int = 8,
-        max_aspect_ratio: float = 32.0,
+        min_side: int = MIN_SIDE,
+        max_aspect_ratio: float = MAX_ASPECT_RATIO,
     ):
         self.background = background
         self.min_side = min_side
@@ -282,26 +286,30 @@ class DiffusionADImageProcessor:
             raise ValueError("there are no pictures; give at least one")
         return pictures
 
-    def decode(self, picture: Picture) -> NDArray[Any] | torch.Tensor:
+    def decode(self, picture: Picture, max_aspect_ratio: float | None = None) -> NDArray[Any] | torch.Tensor:
         """Decode, orient and check one picture.
+
+        Args:
+            picture: as for [`preprocess`].
+            max_aspect_ratio: in place of the processor's; infinity where the picture is cut into tiles.
 
         Returns:
             An array `[h, w, 1|3|4]` or a tensor `[1|3|4, h, w]` with the values that it has.
 
         Raises:
             TypeError: for something that is not a picture.
-            ValueError: for a picture whose shape or size cannot be used.
+            ValueError: for a picture whose shape, size or values cannot be used.
         """
-        array = _check_type(read_pil(picture) if isinstance(picture, Image.Image) else picture)
+        ratio = self.max_aspect_ratio if max_aspect_ratio is None else max_aspect_ratio
+        if isinstance(picture, Image.Image):
+            decoded = read_pil(picture, min_side=self.min_side, max_aspect_ratio=ratio)
+            return decoded[..., None] if decoded.ndim == 2 else decoded
+        array = _check_type(picture)
         if array.ndim == 2:
             array = array[..., None] if isinstance(array, np.ndarray) else array[None]
         _check_layout(array)
-        height, width = self.size(array)
-        if min(height, width) < self.min_side:
-            raise ValueError(f"{height} x {width} pixels; take a picture with sides of at least {self.min_side}")
-        if max(height, width) > self.max_aspect_ratio * min(height, width):
-            ratio = f"{self.max_aspect_ratio:g}"
-            raise ValueError(f"{height} x {width} pixels; crop it to an aspect ratio of at most {ratio}")
+        check_size(*self.size(array), min_side=self.min_side, max_aspect_ratio=ratio)
+        _check_values(array)
         return array
 
     def size(self, array: NDArray[Any] | torch.Tensor) -> tuple[int, int]:
@@ -367,30 +375,27 @@ def _check_layout(array: NDArray[Any] | torch.Tensor) -> None:
         raise ValueError(f"{kind} of shape {shape} has its channels elsewhere; make it {order} by {cure}")
 
 
-def _to_unit_range(array: NDArray[Any] | torch.Tensor) -> torch.Tensor:
-    """Scale integers by their dtype and check floats: float32 of the same shape in [0, 1] on the CPU."""
+def _check_values(array: NDArray[Any] | torch.Tensor) -> None:
     if isinstance(array, np.ndarray):
         name, floating = array.dtype.name, np.issubdtype(array.dtype, np.floating)
-        if floating or name in FULL_SCALE:
-            array = torch.from_numpy(array.astype(np.float32, order="C"))
     else:
         name, floating = str(array.dtype).removeprefix("torch."), array.is_floating_point()
-    if not floating and name not in FULL_SCALE:
-        raise ValueError(f"the range of {name} is not known; pass uint8, uint16 or floats in [0, 1]")
+    check_kind(name, floating)
+    if floating:
+        check_unit_range(array.min().item(), array.max().item())
+
+
+def _to_unit_range(array: NDArray[Any] | torch.Tensor) -> torch.Tensor:
+    """Scale integers by their dtype: float32 of the same shape in [0, 1] on the CPU."""
+    if isinstance(array, np.ndarray):
+        name = array.dtype.name
+        array = torch.from_numpy(array.astype(np.float32, order="C"))
+    else:
+        name = str(array.dtype).removeprefix("torch.")
     values: torch.Tensor = torch.as_tensor(array).detach().to("cpu", torch.float32)
-    if not floating:  # so these are not the caller's own
+    if name in FULL_SCALE:  # so these are not the caller's own
         return values.div_(FULL_SCALE[name])
-    if not values.isfinite().all():
-        raise ValueError("the values include NaN or infinity; replace them first")
-    low, high = values.min().item(), values.max().item()
-    if low >= -TOLERANCE and high <= 1 + TOLERANCE:
-        return values.clamp(0, 1)
-    found = f"float values must be in [0, 1], not {low:.3g} to {high:.3g}"
-    if low < 0:
-        raise ValueError(f"{found}; map [-1, 1] by x / 2 + 0.5")
-    if high < 2:
-        raise ValueError(f"{found}; clip them")
-    raise ValueError(f"{found}; divide 0..255 by 255 or pass uint8")
+    return values.clamp(0, 1)
 
 
 def _read_plane(values: Picture, name: str, size: tuple[int, int]) -> NDArray[Any] | torch.Tensor:
@@ -406,6 +411,7 @@ def _read_map(anomaly_map: Picture, size: tuple[int, int]) -> torch.Tensor:
     """Turn a map into float32 `[h, w]` in [0, 1] on the CPU."""
     plane = _read_plane(anomaly_map, "anomaly map", size)
     try:
+        _check_values(plane)
         return _to_unit_range(plane)
     except ValueError as error:
         raise ValueError(f"anomaly map: {error}") from error

@@ -14,7 +14,7 @@ every false alarm counts, calibrate `image_threshold` on large pictures.
 
 from copy import copy
 from dataclasses import fields
-from math import ceil
+from math import ceil, inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -125,10 +125,11 @@ def call_in_tiles(
     for index, picture in enumerate(pictures):
         own = generator[index] if isinstance(generator, list) else generator
         with pipe.image_processor.named(index, len(pictures)):
-            array = pipe.image_processor.decode(picture)
+            array = pipe.image_processor.decode(picture, max_aspect_ratio=inf)
         size = pipe.image_processor.size(array)
         working = (size[0] if height is None else height, size[1] if width is None else width)
-        if max(working) <= tiling.tile_size:
+        is_strip = max(size) > pipe.image_processor.max_aspect_ratio * min(size)  # which must not become a square
+        if max(working) <= tiling.tile_size and not is_strip:
             with pipe.image_processor.named(index, len(pictures)):
                 outputs.append(untiled(picture, height=height, width=width, generator=own, **scales, **arguments))
             continue
@@ -142,7 +143,8 @@ def call_in_tiles(
         advice = "a smaller batch_size, fewer noise samples, a smaller tile_size in enable_tiling, or height and width"
         with pipe.image_processor.named(index, len(pictures)), explained_out_of_memory(used, advice):
             if sides != list(size):
-                array = pipe.image_processor.preprocess(picture, *sides)[0][0]
+                pixels = pipe.image_processor.to_rgb(array)[None]  # [1, 3, h, w]
+                array = pipe.image_processor.resize_to(pixels, [(sides[0], sides[1])])[0].clamp(0, 1)
             blended = blend_tiles(pipe, array, tiling, num_noise_samples, own, batch_size, **scales)
             outputs.append(pipe.to_output(*blended, [size], output_type, tile_area))
     pipe.maybe_free_model_hooks()

@@ -91,7 +91,7 @@ def test_a_16_bit_png_file_is_scaled_and_not_saturated():
 
 @pytest.mark.parametrize("value", [-1, 65536])
 def test_wider_integers_are_refused(value):
-    with pytest.raises(ValueError, match=r"mode I must be 16-bit, 0 to 65535; scale them"):
+    with pytest.raises(ValueError, match=r"must lie in 0 \.\.\. 65535, not -?\d+ to -?\d+; scale them"):
         read(plain("I", value))
 
 
@@ -130,7 +130,7 @@ def test_animations_are_refused_but_phone_jpegs_read():
     image = Image.fromarray(PIXELS)
     more = {"save_all": True, "append_images": [image.rotate(180)]}
     for kind in ("GIF", "PNG", "TIFF"):
-        with pytest.raises(ValueError, match=r"several frames; choose one by image\.seek\(0\) and image\.copy\(\)"):
+        with pytest.raises(ValueError, match="several frames or pages; save the one to use as a PNG"):
             read(stored(image, kind, **more))
     first = stored(image, "GIF", **more)
     first.seek(0)
@@ -142,5 +142,5 @@ def test_animations_are_refused_but_phone_jpegs_read():
 def test_a_truncated_picture_is_refused():
     file = io.BytesIO()
     Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
-    with pytest.raises(ValueError, match=r"cannot be decoded .*copy or save it again"):
+    with pytest.raises(ValueError, match=r"truncated or damaged .*; copy or download it again"):
         read(Image.open(io.BytesIO(file.getvalue()[:6000])))
