@@ -14,7 +14,8 @@ from typing import Any, BinaryIO, TypeAlias
 from PIL import Image, ImageFile
 
 from .output_folder import OwnProducts
-from .pixels import MAX_ASPECT_RATIO, check_image, decode
+from .pillow_quirks import own_limits, without_long_texts
+from .pixels import MAX_ASPECT_RATIO, check_image, damaged, decode
 
 logger = logging.getLogger(__name__)
 
@@ -261,20 +262,29 @@ def _decoded(file: BinaryIO, name: str, max_pixels: int, check: Callable[[Image.
     if head.startswith(b"version https://git-lfs"):
         raise ImageFileError(f"{name}: this is a Git LFS pointer, not the picture; run git lfs pull")
     try:
-        image = _identify(file, head)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ValueError(
-                f"{width} x {height} pixels are more than {max_pixels}; make the picture smaller{OR_RAISE_MAX_PIXELS}"
-            )
-        return check(image)
+        try:
+            return _checked(file, head, max_pixels, check)
+        except ValueError as error:
+            if "MAX_TEXT" not in str(error):
+                raise
+            file.seek(0)
+            return _checked(BytesIO(without_long_texts(file.read())), head, max_pixels, check)
     except ValueError as error:
         raise ImageFileError(f"{name}: {error}") from error
 
 
+def _checked(file: BinaryIO, head: bytes, max_pixels: int, check: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    image = _identify(file, head)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{width} x {height} pixels are more than {max_pixels}; make the picture smaller{OR_RAISE_MAX_PIXELS}"
+        )
+    return check(image)
+
+
 def _identify(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
-    """Open a picture lazily, as `Image.open` does but without Pillow's own limits on pixels: they are one
-    global of the process, and whether they warn or raise depends on its warning filters."""
+    """Open a picture lazily, as `Image.open` does but by our limits."""
     Image.init()
     for kind in FORMATS:
         factory, accept = Image.OPEN[kind]
@@ -284,11 +294,10 @@ def _identify(file: BinaryIO, head: bytes) -> ImageFile.ImageFile:
         if accepted:
             file.seek(0)
             try:
-                return factory(file, "")
-            except Exception as error:  # damaged files fail in many ways in the depths of the decoders
-                if "unknown pixel mode" in str(error):  # a TIFF of float64, ...: whole, but not for Pillow
-                    raise ValueError("Pillow cannot read pixels of this kind; save the picture as a PNG") from error
-                raise ValueError(f"the picture is truncated or damaged ({error}); copy or download it again") from error
+                with own_limits():
+                    return factory(file, "")
+            except Exception as error:
+                raise damaged(error) from error
     raise ValueError(f"this is not a picture but {_describe(head)}; give a PNG or JPEG file")
 
 

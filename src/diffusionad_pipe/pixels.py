@@ -5,14 +5,14 @@ pictures alike.
 """
 
 import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
+
+from .pillow_quirks import CANNOT_READ, NO_DECODER, MisreadError, load
 
 MIN_SIDE = 8
 MAX_ASPECT_RATIO = 32.0
@@ -23,8 +23,6 @@ TOLERANCE = 1e-6  # rounding of the caller's own arithmetic around 0 and 1
 
 MODES = ("1", "CMYK", "F", "HSV", "I", "L", "LA", "LAB", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr")
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
-
-_strictly = threading.Lock()
 
 
 def check_image(
@@ -67,14 +65,23 @@ def decode(image: Image.Image) -> Image.Image:
     try:
         # The further images of an MPO, the JPEG of many phones, are previews and depths of the first one.
         frames = getattr(image, "is_animated", False) and image.format != "MPO"
-        if not frames:
-            with _strict():
-                image.load()
-    except Exception as error:  # damaged files fail in many ways in the depths of the decoders
-        raise ValueError(f"the picture is truncated or damaged ({error}); copy or download it again") from error
+    except Exception as error:
+        raise damaged(error) from error
     if frames:
         raise ValueError("the picture has several frames or pages; save the one to use as a PNG")
-    return image
+    try:
+        return load(image)
+    except Exception as error:
+        raise damaged(error) from error
+
+
+def damaged(error: Exception) -> ValueError:
+    """What a decoder's error says of a picture: damaged ones fail in many ways in its depths."""
+    if isinstance(error, MisreadError):
+        return error
+    if any(text in str(error) for text in NO_DECODER):
+        return ValueError(CANNOT_READ)
+    return ValueError(f"the picture is truncated or damaged ({error}); copy or download it again")
 
 
 def check_size(
@@ -146,6 +153,10 @@ def read_pil(
         ValueError: for a picture that cannot be used, as [`check_image`].
     """
     image = oriented(check_image(image, min_side=min_side, max_aspect_ratio=max_aspect_ratio))
+    if image.mode in SIXTEEN_BITS and "transparency" in image.info:  # one value, which Pillow would leave opaque
+        values = np.asarray(image).astype(np.uint16)
+        opaque = np.where(values == image.info["transparency"], 0, 65535).astype(np.uint16)
+        return np.stack([values, values, values, opaque], axis=-1)
     if image.mode == "F" or image.mode in SIXTEEN_BITS:
         return np.asarray(image)
     if image.mode == "I":
@@ -163,17 +174,3 @@ def oriented(image: Image.Image) -> Image.Image:
     with suppress(Exception):  # a malformed EXIF block, which fails in many ways, holds no orientation
         return ImageOps.exif_transpose(image)
     return image
-
-
-@contextmanager
-def _strict() -> Iterator[None]:
-    """Pillow refuses what is truncated, even in a program that lets it show the rest in grey."""
-    if not ImageFile.LOAD_TRUNCATED_IMAGES:
-        yield
-        return
-    with _strictly:
-        lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-        try:
-            yield
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
