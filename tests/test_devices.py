@@ -3,9 +3,13 @@ with what was left behind."""
 
 import pytest
 import torch
+from PIL import Image
 from trained_networks import AveragedWeights, TrainedNetworks
+from typer.testing import CliRunner
 
 from diffusionad_pipe import DiffusionADPipeline, NormGuidedOneStepScheduler
+from diffusionad_pipe.acceleration import find_device
+from diffusionad_pipe.cli import app
 from diffusionad_pipe.objective import distillation_losses, training_losses
 
 SHAPE = (2, 3, 32, 32)
@@ -56,3 +60,31 @@ def test_averaged_weights_return_from_a_checkpoint_to_their_device() -> None:
     average.load_state_dict(stored)
     average.step([parameter])
     assert average.whole()[0].device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["", "meta", "tpu9", "cuda:99", "cpu:cpu", "xla", "\n"])
+def test_a_device_that_is_not_here_is_one_sentence(name: str) -> None:
+    with pytest.raises(ValueError, match="there is no device .* here, only cpu"):
+        find_device(name)
+
+
+def test_devices_that_are_here() -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device().type in ("cpu", "cuda", "mps", "xpu")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "{model}/pictures", "--model", "{model}", "--output", "{model}/out"],
+        ["evaluate", "--data", "{model}", "--model", "{model}", "--output", "{model}/out"],
+        ["calibrate", "{model}", "{model}/pictures"],
+    ],
+)
+def test_every_command_that_takes_a_device(tiny_pipeline, tmp_path, command: list[str]) -> None:
+    tiny_pipeline.save_pretrained(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "pictures" / "a.png")
+    arguments = [part.replace("{model}", str(tmp_path)) for part in command]
+    result = CliRunner().invoke(app, [*arguments, "--device", "tpu9"])
+    assert result.exit_code == 2 and "there is no device 'tpu9' here" in result.stderr

@@ -26,23 +26,25 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging as diffusers_logging
-from run_folder import empty_run, save_checkpoint, save_pipeline, start_run, store_run
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
-from trained_networks import AveragedWeights, TrainedNetworks
-from training_config import TrainingConfig, parse_arguments, to_plain
-from training_setup import build_datasets, build_networks, fastest_precision, load_teacher, start_from_pretrained
 
 from diffusionad_pipe import DiffusionADPipeline, DiffusionADUNet2DModel, SegmentationUNet2DModel
-from diffusionad_pipe.acceleration import compile_networks, is_out_of_memory, train_channels_last
+from diffusionad_pipe.acceleration import checked_cluster, compile_networks, is_out_of_memory, train_channels_last
 from diffusionad_pipe.calibration import Validation, smallest_rate, validate
 from diffusionad_pipe.freed_memory import keep_freed_memory
 from diffusionad_pipe.image_files import write_atomically
 from diffusionad_pipe.model_card import write_model_card
 from diffusionad_pipe.objective import distillation_losses, training_losses
+from diffusionad_pipe.progress import ProgressBar, silence_libraries
 from diffusionad_pipe.publishing import push_model
 from diffusionad_pipe.training_plots import plot_losses, validation_grid
+
+sys.path.insert(0, str(Path(__file__).parent))  # which Python leaves out where PYTHONSAFEPATH is set
+from run_folder import empty_run, save_checkpoint, save_pipeline, start_run, store_run
+from trained_networks import AveragedWeights, TrainedNetworks
+from training_config import TrainingConfig, parse_arguments, to_plain
+from training_setup import build_datasets, build_networks, fastest_precision, load_teacher, start_from_pretrained
 
 logger = logging.getLogger("train")
 
@@ -73,25 +75,29 @@ def reference_schedule(step: int) -> float:
 
 
 def outlive_sigterm(worker: int) -> None:
-    """Let a worker go on for a minute: who stops a job signals all its processes, and the loop must end its step."""
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+    """Let a worker go on for a minute: who stops a job signals all its processes, and the loop must end its step.
+    Windows knows no such signal."""
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 
 def main(config: TrainingConfig) -> int:
     keep_freed_memory()
+    silence_libraries()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it its products are not repeatable
-    if config.mixed_precision == "auto":
-        config.mixed_precision = fastest_precision()
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        log_with=config.report_to,
-        project_dir=config.output_dir,
-        # The others wait while one process validates, and ten minutes may be too few for that.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-    )
+    with checked_cluster():
+        if config.mixed_precision == "auto":
+            config.mixed_precision = fastest_precision()
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            log_with=config.report_to,
+            project_dir=config.output_dir,
+            # The others wait while one process validates, and ten minutes may be too few for that.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        )
     logging.basicConfig(
         format="%(asctime)s %(message)s",
         level=logging.INFO if accelerator.is_main_process else logging.ERROR,
@@ -269,8 +275,8 @@ def main(config: TrainingConfig) -> int:
     stop_signals: list[int] = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: stop_signals.append(number))
-    bar = tqdm(
-        total=config.max_train_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process
+    bar = ProgressBar(
+        config.max_train_steps, "training", "step", progress.step, shown=accelerator.is_main_process, kept=True
     )
     skipped_in_a_row, since, since_step = 0, time.perf_counter(), progress.step
     started = time.perf_counter() - progress.seconds
@@ -340,7 +346,7 @@ def main(config: TrainingConfig) -> int:
             seconds = (now - since) / (step - since_step)
             since, since_step = now, step
             speed = draws_per_step / seconds
-            bar.set_postfix(noise=f"{noise_loss:.4f}", mask=f"{mask_loss:.4f}", pictures_per_second=f"{speed:.1f}")
+            bar.update(0, noise=f"{noise_loss:.4f}", mask=f"{mask_loss:.4f}", pictures_per_second=f"{speed:.1f}")
             entry = {"noise_loss": noise_loss, "mask_loss": mask_loss, "gradient_norm": norm.item()}
             entry |= {"learning_rate": lr_scheduler.get_last_lr()[0], "skipped_steps": progress.skipped}
             log(step, entry | {"seconds_per_step": seconds, "pictures_per_second": speed})

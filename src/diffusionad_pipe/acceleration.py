@@ -2,6 +2,7 @@
 was."""
 
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,15 +17,95 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
+# Where a program that starts several processes says how many there are, and which one this is.
+SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")  # without which they cannot find each other
+RANK_VARIABLES = (
+    *SIZE_VARIABLES, "RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK",
+    "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK",
+    "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE",
+)  # fmt: skip
+
 
 def join_processes() -> PartialState:
     """The processes that `accelerate launch` or `torchrun` started, this one alone without them.
 
     It must be called before anything else asks for accelerate's `PartialState`, which by itself finds several processes
     on GPUs only, and lets a process wait half an hour at most for one that has more to do.
+
+    Raises:
+        ValueError: for variables of a cluster that do not say which processes there are; names them.
     """
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu, timeout=timedelta(days=365))
+    with checked_cluster():
+        on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        return PartialState(cpu=on_cpu, timeout=timedelta(days=365))
+
+
+@contextmanager
+def checked_cluster() -> Iterator[None]:
+    """Where accelerate is asked which processes there are: what schedulers and other programs left in the environment
+    must not decide it. A process that says it is one of one is alone.
+
+    Raises:
+        ValueError: names the variables that keep the processes from being joined.
+    """
+    set_here = [
+        name for name in os.environ if name in RANK_VARIABLES or name.startswith(("ACCELERATE_", "FORK_LAUNCHED"))
+    ]
+    for name in set_here:
+        if name in RANK_VARIABLES and not os.environ[name].strip().lstrip("-").isdigit():
+            raise ValueError(f"the variable {name}={os.environ[name]} is no number: unset it")
+    hidden = {}
+    if missing := [name for name in LAUNCHER_VARIABLES if not os.environ.get(name)]:
+        for name in SIZE_VARIABLES:
+            if int(os.environ.get(name, 1)) > 1:
+                raise ValueError(
+                    f"the variable {name}={os.environ[name]} says that this is one of several processes, but "
+                    f"{' and '.join(missing)} are not set: start them with accelerate launch, or unset {name}"
+                )
+        hidden = {name: os.environ.pop(name) for name in set_here if name in RANK_VARIABLES}
+    try:
+        yield
+    except Exception as error:  # accelerate and torch have many kinds
+        found = [name for name in set_here if name not in hidden]
+        if not found:
+            raise
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"the processes cannot be joined as the variables {', '.join(found)} say ({cause}): unset them, or start "
+            "with accelerate launch"
+        ) from error
+    finally:
+        os.environ.update(hidden)
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """The device of a name, which must be here and compute.
+
+    Args:
+        name: such as "cpu", "cuda" or "cuda:1". None is a GPU where there is one; under `accelerate launch`, that of
+            this process.
+
+    Raises:
+        ValueError: where there is no such device; says which there are.
+        MemoryError: where it has no memory left.
+    """
+    if name is None:
+        return join_processes().device
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()  # torch learns only then whether it is there
+    except Exception as error:  # every kind of device fails in a way of its own
+        if is_out_of_memory(error):
+            raise MemoryError(
+                f"the device {name} has no memory left: end what else uses it, or take another"
+            ) from error
+        kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+        here = ["cpu", *(f"{kind.type}:{number}" for number in range(count) if kind is not None)]
+        raise ValueError(
+            f"there is no device {name!r} here, only {', '.join(here)}: give another name, or none"
+        ) from error
+    return device
 
 
 def fastest_dtype(device: torch.device | str) -> torch.dtype:

@@ -8,6 +8,7 @@ import typer
 from .commands_models import convert, export, info, push, space
 from .commands_pictures import calibrate, evaluate, predict
 from .commands_training import check_data, preview_synthesis, train
+from .console import keep_writable
 from .freed_memory import keep_freed_memory
 from .progress import silence_libraries
 
@@ -26,6 +27,7 @@ def main() -> None:
 
     `diffusionad COMMAND --help` explains a command and shows how it is used.
     """
+    keep_writable()
     keep_freed_memory()
     silence_libraries()
 

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import HTTPError  # of the library that its version talks with
-from rich.table import Table
 
 from .console import USER_ERRORS, fail, needed_packages, output_console
 from .image_files import find_images, open_image
@@ -36,10 +35,9 @@ def info(model: Model) -> None:
         summary = summarize(model)
     except USER_ERRORS as error:
         fail(error)
-    table = Table.grid(padding=(0, 2))
+    console, width = output_console(), max(map(len, summary))
     for title, text in summary.items():
-        table.add_row(title, text)
-    output_console().print(table)
+        console.print(f"{title:<{width}}  {text}")
 
 
 def convert(

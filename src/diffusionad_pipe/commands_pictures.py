@@ -12,19 +12,17 @@ import typer
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers.utils import logging as diffusers_logging
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from .acceleration import explained_out_of_memory, fastest_dtype, join_processes
+from .acceleration import explained_out_of_memory, fastest_dtype, find_device, join_processes
 from .calibration import calibrate as calibrate_pipeline
 from .calibration import store_thresholds
-from .console import USER_ERRORS, fail, needed_packages, output_console
+from .console import USER_ERRORS, Console, fail, needed_packages, output_console
 from .model_card import describe_thresholds, write_thresholds
 from .picture_sources import PictureSource, find_files, find_rows, from_file, watch_folders
 from .pipeline_diffusionad import DiffusionADPipeline
 from .prediction import Drawings, MapFormat, fingerprint, judge
 from .prediction_folder import PredictionFolder, Row, append_share, even_shares
+from .progress import ProgressBar
 
 HIGHEST_SHOWN_ROWS = 60
 STYLES = {"defective": "bold red", "good": "green", None: ""}
@@ -133,11 +131,11 @@ def predict(
     diffusionad predict incoming --watch --model runs/mine --output results
     accelerate launch -m diffusionad_pipe.cli predict pictures --model runs/mine --output results --parquet
     """
-    state = join_processes()
     console = output_console()
-    console.quiet = not state.is_main_process
     diffusers_logging.disable_progress_bar()
     try:
+        state = join_processes()
+        console.quiet = not state.is_main_process
         if watch and state.num_processes > 1:
             raise ValueError("--watch is for one process: start it without accelerate launch")
         for option, value in (("--threshold", threshold), ("--pixel-threshold", pixel_threshold)):
@@ -264,7 +262,6 @@ def evaluate(
     with needed_packages():
         from . import evaluation, results_table
         from .evaluation_report import write_evaluation_report
-    state = join_processes()
     diffusers_logging.disable_progress_bar()
     console = output_console()
     settings = {
@@ -272,7 +269,9 @@ def evaluate(
         "at_model_size": at_model_size, "num_noise_samples": num_noise_samples, "batch_size": batch_size,
     }  # fmt: skip
     try:
-        networks_dtype = dtype.on(device or state.device)
+        join_processes()
+        place = find_device(device)
+        networks_dtype = dtype.on(place)
         settings["dtype"] = str(networks_dtype).removeprefix("torch.")
         results = evaluation.evaluate(
             model,
@@ -285,12 +284,13 @@ def evaluate(
             num_noise_samples=num_noise_samples,
             batch_size=batch_size,
             dtype=networks_dtype,
-            device=device,
+            device=place,
         )
         if not results:  # another process computes the metrics
             return
         results_table.write_tables(results, output, settings)
-        console.print(results_table.markdown_table(results))
+        for line in results_table.markdown_table(results).splitlines():
+            console.print(line)
         if report:
             write_evaluation_report(results, data, category, output, settings)
         if model_card:
@@ -378,8 +378,10 @@ def _find_sources(
 
 
 def _load(model: str, device: str | None, dtype: Dtype = Dtype.float32) -> DiffusionADPipeline:
-    place = device or PartialState().device
-    pipe = DiffusionADPipeline.from_pretrained(model, dtype=dtype.on(place)).to(place)
+    place = find_device(device)
+    pipe = DiffusionADPipeline.from_pretrained(model, dtype=dtype.on(place))
+    with explained_out_of_memory(f"the networks on {place}", "--device cpu"):
+        pipe.to(place)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -402,15 +404,14 @@ def _judge_share(
     state = PartialState()
     starts = range(0, len(sources), batch_size)
     share = even_shares(len(starts), state.num_processes)[state.process_index]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=each) as progress:
-        task = progress.add_task("predicting", total=min(len(share) * batch_size, len(sources)))
+    total = min(len(share) * batch_size, len(sources))
+    with ProgressBar(total, "predicting", "picture", shown=state.is_main_process and not each) as bar:
         for start in starts[share.start : share.stop]:
             batch = sources[start : start + batch_size]
             with explained_out_of_memory(f"--batch-size {batch_size}", "a lower one; what was judged is kept"):
                 rows = judge(pipe, batch, names, output, drawings, batch_size)
             store(rows)
-            progress.update(task, advance=len(batch))
+            bar.update(len(batch))
             for row in rows if each else ():
                 verdict = row["error"] or f"{row['path']}: {row['score']:.4f} {row['decision'] or 'no threshold'}"
                 console.print(verdict, style="yellow" if row["error"] else STYLES[row["decision"]])
@@ -418,13 +419,10 @@ def _judge_share(
 
 def _print_table(rows: Sequence[Row], output: Path, console: Console) -> None:
     """The table a person reads: worst first, errors last."""
-    table = Table("picture", "score", "verdict", box=None, pad_edge=False)
     judged = sorted((row for row in rows if row["score"] is not None), key=lambda row: -row["score"])
     for row in judged[:HIGHEST_SHOWN_ROWS]:
-        table.add_row(
-            row["path"], f"{row['score']:.4f}", row["decision"] or "no threshold", style=STYLES[row["decision"]]
-        )
-    console.print(table)
+        verdict = row["decision"] or "no threshold"
+        console.print(f"{row['score']:.4f}  {verdict:<12}  {row['path']}", style=STYLES[row["decision"]])
     if len(judged) > HIGHEST_SHOWN_ROWS:
         console.print(f"... and {len(judged) - HIGHEST_SHOWN_ROWS} more, in the tables below")
     for row in rows:

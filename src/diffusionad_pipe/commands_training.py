@@ -1,6 +1,7 @@
 """The commands that come before a model: what to train on, and training."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -178,8 +179,10 @@ def train(context: typer.Context) -> None:
         from . import synthetic_dataset, training_plots  # noqa: F401
     # Wrong arguments, and --help, end here and not in every process that would be launched.
     parse_arguments(context.args, TRAIN_DESCRIPTION)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", str(script)]
-    os.execv(sys.executable, [*launch, *context.args])  # so that signals reach it as if it had been started itself
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", str(script), *context.args]
+    if os.name == "nt":  # there a process cannot become another one
+        raise typer.Exit(subprocess.call(launch))
+    os.execv(sys.executable, launch)  # so that signals reach it as if it had been started itself
 
 
 TRAIN_DESCRIPTION = """Train DiffusionAD on pictures of good parts.

@@ -180,7 +180,7 @@ def evaluate(
     num_noise_samples: int = 1,
     batch_size: int = 8,
     dtype: torch.dtype = torch.float32,
-    device: str | None = None,
+    device: str | torch.device | None = None,
 ) -> list[CategoryResult]:
     """Predict every test picture and compute the metrics of each category.
 
