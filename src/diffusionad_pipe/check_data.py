@@ -2,19 +2,25 @@
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
-from tqdm.auto import tqdm
 
-from .data import decide, describe, find_categories, is_export
-from .data_layouts import LAYOUTS, Entry, is_picture, visa_table
-from .image_files import ImageFileError, PathLike, open_image, open_marks
-from .masks import HIGHEST_ID, read_mask, stored_values
+from .data import describe, find_categories, is_export, unclear_masks
+from .data_layouts import LAYOUTS, REFERENCE_FOREGROUNDS, Entry, is_picture, split_of, visa_table
+from .image_files import MAX_PIXELS, ImageFileError, PathLike, is_hidden, open_image, open_marks, search_folder, shown
+from .masks import HIGHEST_ID, read_mask, read_matte, stored_values
+from .output_folder import OwnProducts
+from .pixels import oriented, read_pil
+from .progress import tracked
 
+MOST_NAMED = 5  # files of one suffix that a note names
 MANY_GREY_PIXELS = 0.1  # share of a mask that anti-aliased edges do not reach: Magnetic-Tile's stay below 0.02
 
 
@@ -33,11 +39,15 @@ class Problem(NamedTuple):
     message: str
 
 
-def check_data(path: PathLike, layout: str = "auto", category: str | None = "all") -> list[Problem]:
+def check_data(
+    path: PathLike, layout: str = "auto", category: str | None = "all", max_pixels: int = MAX_PIXELS
+) -> list[Problem]:
     """Report everything that is wrong with a dataset, and a note for each category that counts its pictures.
 
     Args:
-        path, layout, category: as in [`load_anomaly_dataset`]; every picture and every mask is decoded.
+        path, layout, category: as in [`load_anomaly_dataset`]; every picture, mask and matte is decoded, as training
+            and evaluation do.
+        max_pixels: pictures, masks and mattes of more are refused, as there.
 
     Returns:
         The problems, category by category.
@@ -49,7 +59,9 @@ def check_data(path: PathLike, layout: str = "auto", category: str | None = "all
     if layout == "parquet" or (layout == "auto" and is_export(root)):
         raise ValueError(f"{root} holds an export to Parquet: check the folders of pictures that it was made from")
     found = find_categories(root, layout, category)
-    problems = [problem for name, (folder, its) in found.items() for problem in _check_category(name, folder, its)]
+    problems = [
+        problem for name, (folder, its) in found.items() for problem in _check_category(name, folder, its, max_pixels)
+    ]
     if category == "all" and (root / "split_csv" / "1cls.csv").is_file():
         for name in sorted({row["object"] for row in visa_table(root)} - set(found)):
             message = f"{root / name}: split_csv/1cls.csv names this category, but it is missing; download it again"
@@ -57,43 +69,57 @@ def check_data(path: PathLike, layout: str = "auto", category: str | None = "all
     return problems
 
 
-def _check_category(name: str, folder: Path, layout: str) -> list[Problem]:
+def _check_category(name: str, folder: Path, layout: str, max_pixels: int) -> list[Problem]:
     try:
         entries = LAYOUTS[layout].read(folder)
     except ValueError as error:  # without its list of files, say, nothing else can be known
         return [Problem("error", folder, str(error))]
     problems: list[Problem] = []
     seen: dict[bytes, Entry] = {}  # the first picture with these pixels
-    for index, entry in enumerate(tqdm(entries, f"checking {name}", unit="picture", leave=False)):
-        picture = _open(entry.picture, open_image, problems)
-        mask = None if entry.mask is None else _open(entry.mask, open_marks, problems)
-        if mask is not None:
-            entries[index] = entry = decide(entry)
-            problems += _mask_problems(entry, picture, mask)
-        if picture is not None:
-            twin = seen.setdefault(_digest(picture), entry)
-            contradictory = "good" in (twin.defect_type, entry.defect_type) and twin.defect_type != entry.defect_type
-            if twin.split == entry.split and contradictory:
-                message = (
-                    f"{entry.picture}: the same picture as {twin.picture}, but one is {entry.defect_type} and one "
-                    f"{twin.defect_type}; remove one of them"
-                )
-                problems.append(Problem("error", entry.picture, message))
-            elif twin.split != entry.split:
-                message = (
-                    f"{entry.picture}: the same picture as {twin.picture}, one is in {entry.split} and one in "
-                    f"{twin.split}; remove one of them"
-                )
-                problems.append(Problem("error", entry.picture, message))
+    readable = 0  # good pictures to train on
+    for index, entry in enumerate(tracked(entries, f"checking {name}", unit="picture")):
+        picture = _read(entry.picture, partial(open_image, max_pixels=max_pixels), problems)
+        if entry.unclear:
+            problems.append(Problem("error", entry.picture, unclear_masks(entry)))
+        if entry.mask is not None:
+            mask = _read(entry.mask, partial(open_marks, max_pixels=max_pixels), problems)
+            marked = None if mask is None else _read(entry.mask, partial(_marked, mask), problems)
+            if mask is not None and marked is not None:
+                if entry.defect_type is None:
+                    defect_type = "defect" if marked.any() else "good"
+                    entry = entry._replace(defect_type=defect_type, split=split_of(entry.split, defect_type))
+                    entries[index] = entry
+                problems += _mask_problems(entry, picture, mask, marked)
+        if picture is None:
+            continue
+        readable += (entry.split, entry.defect_type) == ("train", "good")
+        twin = seen.setdefault(_digest(picture), entry)
+        contradictory = "good" in (twin.defect_type, entry.defect_type) and twin.defect_type != entry.defect_type
+        if twin.split == entry.split and contradictory:
+            message = (
+                f"{shown(entry.picture)}: the same picture as {shown(twin.picture)}, but one is {entry.defect_type} "
+                f"and one {twin.defect_type}; remove one of them"
+            )
+            problems.append(Problem("error", entry.picture, message))
+        elif twin.split != entry.split:
+            message = (
+                f"{shown(entry.picture)}: the same picture as {shown(twin.picture)}, one is in {entry.split} and one "
+                f"in {twin.split}; remove one of them"
+            )
+            problems.append(Problem("error", entry.picture, message))
     problems += _missing_masks(folder, entries)
+    problems += _matte_problems(folder, entries, max_pixels)
     problems += _stray_files(folder, layout, entries)
-    problems += _lacking_pictures(folder, entries)
-    return [*problems, Problem("note", folder, describe(name, layout, entries))]
+    problems += _odd_names(folder, entries)
+    problems += _lacking_pictures(folder, entries, readable)
+    problems.append(Problem("note", folder, describe(name, layout, entries)))
+    return sorted(problems, key=lambda problem: problem.severity == "note" and problem.path != folder)
 
 
-def _open(file: Path, reader: Callable[[Path], Image.Image], problems: list[Problem]) -> Image.Image | None:
-    if not file.is_file():
-        problems.append(Problem("error", file, f"{file}: this file is missing; download the dataset again"))
+def _read(file: Path, reader: Callable[[Path], Any], problems: list[Problem]) -> Any:
+    """What `reader` gives, or None and a problem."""
+    if not os.path.lexists(file):
+        problems.append(Problem("error", file, f"{shown(file)}: this file is missing; download the dataset again"))
         return None
     try:
         return reader(file)
@@ -102,57 +128,84 @@ def _open(file: Path, reader: Callable[[Path], Image.Image], problems: list[Prob
         return None
 
 
+def _marked(mask: Image.Image, file: Path) -> NDArray[np.bool_]:
+    return read_mask(mask, shown(file))
+
+
 def _digest(picture: Image.Image) -> bytes:
-    """The same for the same pixels, whatever the file format; 16-bit values would not survive the conversion."""
-    pixels = picture if picture.mode == "F" or picture.mode.startswith("I") else picture.convert("RGBA")
-    return hashlib.sha256(f"{pixels.mode} {pixels.size}".encode() + pixels.tobytes()).digest()
+    """The same for the same pixels as they are shown, whatever the file format."""
+    pixels = read_pil(picture)
+    return hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()).digest()
 
 
-def _mask_problems(entry: Entry, picture: Image.Image | None, mask: Image.Image) -> Iterator[Problem]:
+def _mask_problems(
+    entry: Entry, picture: Image.Image | None, mask: Image.Image, marked: NDArray[np.bool_]
+) -> Iterator[Problem]:
     file = entry.mask
     assert file is not None
-    if picture is not None and picture.size != mask.size:
+    name, height, width = shown(file), *marked.shape
+    size = None if picture is None else oriented(picture).size
+    if size is not None and size != (width, height):
         yield Problem(
             "error",
             file,
-            f"{file}: {mask.width} x {mask.height} pixels, and its picture {entry.picture} has {picture.width} x "
-            f"{picture.height}; make the mask again at the picture's size",
+            f"{name}: {width} x {height} pixels, and its picture {shown(entry.picture)} has {size[0]} x "
+            f"{size[1]}; make the mask again at the picture's size",
         )
-    doubt = _doubt(mask)
-    marked = read_mask(mask).any()
+    doubt = _doubt(mask, marked)
     if doubt is not None:
-        yield Problem("warning", file, f"{file}: {doubt}")
-    if marked and entry.defect_type == "good":
+        yield Problem("warning", file, f"{name}: {doubt}")
+    if marked.any() and entry.defect_type == "good":
         yield Problem(
-            "error", file, f"{file}: marks a defect, but {entry.picture} counts as good; correct one of the two"
+            "error", file, f"{name}: marks a defect, but {shown(entry.picture)} counts as good; correct one of the two"
         )
-    if not marked and entry.defect_type != "good":
+    if not marked.any() and entry.defect_type != "good":
         yield Problem(
             "warning",
             file,
-            f"{file}: marks nothing, but {entry.picture} is defective, so pixel metrics leave it out; mark the defect",
+            f"{name}: marks nothing, but {shown(entry.picture)} is defective, so pixel metrics leave it out; mark the "
+            "defect",
         )
 
 
-def _doubt(mask: Image.Image) -> str | None:
-    """What makes one doubt that the values of a mask mean what [`read_mask`] takes them for."""
+def _doubt(mask: Image.Image, marked: NDArray[np.bool_]) -> str | None:
+    """What makes one look again at a mask that can be read."""
     if mask.format == "JPEG":
         return "a mask in JPEG, which changes values; save it as PNG"
-    values = stored_values(mask)
-    if read_mask(mask).all():
+    if marked.all():
         return "marks every pixel; check that it is a mask, and not inverted"
-    if mask.mode in ("1", "P") or values.max() <= HIGHEST_ID:
+    if mask.mode in ("1", "P", "PA"):
+        return None
+    values = stored_values(mask)
+    if values.max() <= (1 if values.dtype.kind == "f" else HIGHEST_ID):
         return None
     white = 255 if values.max() <= 255 else 65535
     if values.max() <= white // 2:
         return (
-            f"its values end at {values.max()}, which is no number of a defect (up to {HIGHEST_ID}) nor white "
+            f"its values end at {values.max():g}, which is no number of a defect (up to {HIGHEST_ID}) nor white "
             f"({white}), so it marks nothing; save it as black and white"
         )
     grey = np.mean((values > white // 16) & (values < white - white // 16))
     if grey > MANY_GREY_PIXELS:
         return f"{grey:.0%} of its pixels are neither black nor white; check that it is a mask"
     return None
+
+
+def _matte_problems(folder: Path, entries: list[Entry], max_pixels: int) -> list[Problem]:
+    """Of the mattes that come with a dataset, which training with --foreground folder reads."""
+    problems: list[Problem] = []
+    for place in (folder / name for name in REFERENCE_FOREGROUNDS):
+        if not place.is_dir():
+            continue
+        mattes = search_folder(place, [])
+        for matte in mattes:
+            _read(matte, partial(read_matte, max_pixels=max_pixels), problems)
+        stems = {matte.stem for matte in mattes}
+        for entry in entries:
+            if (entry.split, entry.defect_type) == ("train", "good") and entry.picture.stem not in stems:
+                message = f"{shown(entry.picture)}: has no matte of its name in {shown(place)}; add it"
+                problems.append(Problem("warning", entry.picture, message))
+    return problems
 
 
 def _missing_masks(folder: Path, entries: list[Entry]) -> Iterator[Problem]:
@@ -168,24 +221,63 @@ def _missing_masks(folder: Path, entries: list[Entry]) -> Iterator[Problem]:
 
 
 def _stray_files(folder: Path, layout: str, entries: list[Entry]) -> Iterator[Problem]:
-    known = {file for entry in entries for file in (entry.picture, entry.mask)}
+    known = {file for entry in entries for file in (entry.picture, entry.mask, *entry.unclear)}
     known.update(file for pattern in LAYOUTS[layout].unused for file in folder.glob(pattern))
-    for file in sorted(folder.rglob("*")):
-        if is_picture(file) and file not in known and not file.is_dir():
+    mattes = {folder / name for name in REFERENCE_FOREGROUNDS}
+    others: dict[str, list[Path]] = {}  # that are no pictures, by suffix
+    unreadable: list[OSError] = []
+    products = OwnProducts()
+    for where, folders, names in os.walk(folder, onerror=unreadable.append):
+        parent = Path(where)
+        if not folders and not names:
+            yield Problem("warning", parent, f"{shown(parent)}: this folder is empty; fill it or remove it")
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for file in sorted(parent / name for name in names if not is_hidden(name)):
+            if file in known or file in products or not mattes.isdisjoint(file.parents):
+                continue
+            if not is_picture(file):
+                others.setdefault(file.suffix.lower(), []).append(file)
+                continue
             message = (
-                f"{file}: the layout {layout} has no use for it here; name a mask after its picture, put a picture "
-                "where the others of its kind are, or remove it"
+                f"{shown(file)}: the layout {layout} has no use for it here; name a mask after its picture, put a "
+                "picture where the others of its kind are, or remove it"
             )
             yield Problem("warning", file, message)
-    for parent, folders, names in os.walk(folder):
-        if not folders and not names:
-            yield Problem("warning", Path(parent), f"{parent}: this folder is empty; fill it or remove it")
+    for error in unreadable:
+        name = shown(error.filename)
+        yield Problem("error", Path(error.filename), f"{name}: the folder may not be read; change its permissions")
+    for suffix, files in sorted(others.items()):
+        listed = ", ".join(shown(file.relative_to(folder)) for file in files[:MOST_NAMED])
+        more = f" and {len(files) - MOST_NAMED} more" if len(files) > MOST_NAMED else ""
+        message = f"{shown(folder)}: no command reads {listed}{more}, as {suffix or 'no suffix'} is no picture's"
+        yield Problem("note", files[0], message)
 
 
-def _lacking_pictures(folder: Path, entries: Iterable[Entry]) -> Iterator[Problem]:
+def _odd_names(folder: Path, entries: list[Entry]) -> Iterator[Problem]:
+    """Names that a file system, a table or a person elsewhere would take for another, or cannot write."""
+    seen: dict[str, Path] = {}
+    for file in (file for entry in entries for file in (entry.picture, entry.mask) if file is not None):
+        if shown(file) != str(file):
+            yield Problem(
+                "warning", file, f"{shown(file)}: the name is no UTF-8, so tables have it escaped; rename the file"
+            )
+        folded = unicodedata.normalize("NFC", str(file)).casefold()
+        twin = seen.setdefault(folded, file)
+        if twin != file:
+            yield Problem(
+                "warning",
+                file,
+                f"{shown(file)}: differs from {shown(twin)} only in case or in how its letters are composed, which "
+                "other systems take for one file; rename one of them",
+            )
+
+
+def _lacking_pictures(folder: Path, entries: Iterable[Entry], readable: int) -> Iterator[Problem]:
     kinds = {(entry.split, entry.defect_type == "good") for entry in entries}
     if ("train", True) not in kinds:
         yield Problem("error", folder, f"{folder}: has no good pictures to train on; add some")
+    elif readable < 2:
+        yield Problem("error", folder, f"{folder}: has {readable} good picture to train on that can be read; add some")
     if ("test", True) not in kinds and ("test", False) not in kinds:
         yield Problem("warning", folder, f"{folder}: has no test pictures, so nothing can be measured; add some")
     elif ("test", True) not in kinds:

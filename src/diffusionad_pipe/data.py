@@ -10,11 +10,11 @@ from typing import Any
 
 import datasets
 from datasets.table import embed_table_storage
-from tqdm.auto import tqdm
 
 from .data_layouts import LAYOUTS, Entry, split_of
-from .image_files import PathLike, write_atomically
+from .image_files import MAX_PIXELS, ImageFileError, PathLike, is_hidden, shown, write_atomically
 from .masks import read_mask
+from .progress import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,9 @@ FEATURES = datasets.Features(
 )
 
 
-def load_anomaly_dataset(path: PathLike, layout: str = "auto", category: str | None = None) -> datasets.DatasetDict:
+def load_anomaly_dataset(
+    path: PathLike, layout: str = "auto", category: str | None = None, max_pixels: int = MAX_PIXELS
+) -> datasets.DatasetDict:
     """Load the pictures of one category, or of all.
 
     Args:
@@ -54,13 +56,16 @@ def load_anomaly_dataset(path: PathLike, layout: str = "auto", category: str | N
             - `"folder"`: any folder of good pictures, all for training;
             - `"parquet"`: what [`export_parquet`] wrote.
         category: the sub-folder, where `path` holds several; `"all"` takes every one.
+        max_pixels: masks of more are refused where they tell whether a picture is good.
 
     Returns:
         Splits `train` and, where there are such pictures, `validation` (good ones that the publisher sets aside),
         `train_defective` (the publisher's training folder holds them, they are no examples of normal) and `test`, with
         the columns image, mask (None for good pictures and where there is none), label (0 good, 1 defective),
         defect_type, category, split and path. Masks are opened only where nothing else tells whether a picture is
-        good, so one may be empty: `diffusionad check-data` finds out.
+        good, so one may be empty: `diffusionad check-data` finds out. Where such a mask cannot be read, the picture is
+        left out, with a warning. Where it is not clear which mask a picture has, it has none, with a warning. Files
+        whose names are no UTF-8, which no column can hold, are there byte by byte, under an escaped name.
 
     Raises:
         ValueError: names the folder or every missing file, the cause and the cure.
@@ -71,21 +76,20 @@ def load_anomaly_dataset(path: PathLike, layout: str = "auto", category: str | N
     missing: list[Path] = []
     for name, (folder, found_layout) in find_categories(path, layout, category).items():
         entries = LAYOUTS[found_layout].read(folder)
-        absent = [file for entry in entries for file in (entry.picture, entry.mask) if file and not file.is_file()]
+        absent = [
+            file for entry in entries for file in (entry.picture, entry.mask) if file and not os.path.lexists(file)
+        ]
         missing += absent
         if absent:
             continue
-        undecided = any(entry.defect_type is None for entry in entries)
-        entries = [
-            decide(entry) for entry in tqdm(entries, "reading masks", unit="mask", leave=False, disable=not undecided)
-        ]
+        entries = _decided(entries, max_pixels)
         if not any(entry.split == "train" for entry in entries):
             raise ValueError(f"{folder} has no pictures to train on; the layout {found_layout} was looked for")
         logger.info(describe(name, found_layout, entries))
         for entry in entries:
             rows[entry.split].append(_row(entry, name))
     if missing:
-        listed = "\n  ".join(map(str, missing))
+        listed = "\n  ".join(map(shown, missing))
         raise ValueError(
             f"{path} is incomplete, these {len(missing)} files are missing; download it again:\n  {listed}"
         )
@@ -119,15 +123,16 @@ def find_categories(path: PathLike, layout: str = "auto", category: str | None =
 
     found: dict[str, tuple[Path, str]] = {}
     if own := layout_of(root):
-        found = {root.absolute().name: (root, own)}
+        found = {shown(root.absolute().name): (root, own)}
     else:
-        found = {f.name: (f, its) for f in sorted(root.glob("*/")) if (its := layout_of(f))}
+        folders = [folder for folder in sorted(root.glob("*/")) if not is_hidden(folder.name)]
+        found = {shown(f.name): (f, its) for f in folders if (its := layout_of(f))}
     plain = root if category in (None, "all") else root / category
     known = bool(found) if plain == root else category in found
     if not known and plain.is_dir() and layout in ("auto", "folder"):
         if layout == "auto":
             _refuse_remains(plain)
-        return {plain.absolute().name: (plain, "folder")}
+        return {shown(plain.absolute().name): (plain, "folder")}
     if category in (None, "all") and not found:
         raise ValueError(f"{root} is not laid out as {layout}, which has {LAYOUTS[layout].signature}")
     return {name: found[name] for name in _choose(root, list(found), category)}
@@ -157,12 +162,33 @@ def _refuse_remains(folder: Path) -> None:
             )
 
 
-def decide(entry: Entry) -> Entry:
+def decide(entry: Entry, max_pixels: int = MAX_PIXELS) -> Entry:
     """Tell whether a picture is good from its mask, where nothing else does."""
     if entry.defect_type is not None or entry.mask is None:
         return entry
-    defect_type = "defect" if read_mask(entry.mask).any() else "good"
+    defect_type = "defect" if read_mask(entry.mask, max_pixels=max_pixels).any() else "good"
     return entry._replace(defect_type=defect_type, split=split_of(entry.split, defect_type))
+
+
+def _decided(entries: list[Entry], max_pixels: int) -> list[Entry]:
+    undecided = any(entry.defect_type is None for entry in entries)
+    decided = []
+    for entry in tracked(entries, "reading masks", unit="mask", shown=undecided):
+        if entry.unclear:
+            logger.warning(unclear_masks(entry))
+        try:
+            decided.append(decide(entry, max_pixels))
+        except ImageFileError as error:
+            logger.warning("left out: %s, as its mask tells whether it is good: %s", shown(entry.picture), error)
+    return decided
+
+
+def unclear_masks(entry: Entry) -> str:
+    """Why a picture has no mask although there are some that could be its."""
+    return (
+        f"{shown(entry.picture)}: it is not clear whether {' or '.join(map(shown, entry.unclear))} is its mask or that "
+        "of another picture, so it has none; put masks into sub-folders as their pictures are, under their names"
+    )
 
 
 def describe(category: str, layout: str, entries: Iterable[Entry]) -> str:
@@ -179,14 +205,25 @@ def describe(category: str, layout: str, entries: Iterable[Entry]) -> str:
 def _row(entry: Entry, category: str) -> dict[str, Any]:
     defective = entry.defect_type != "good"
     return {
-        "image": str(entry.picture),
-        "mask": str(entry.mask) if entry.mask is not None and defective else None,
+        "image": _cell(entry.picture),
+        "mask": _cell(entry.mask) if entry.mask is not None and defective else None,
         "label": int(defective),
-        "defect_type": entry.defect_type,
+        "defect_type": shown(entry.defect_type or ""),
         "category": category,
         "split": entry.split,
-        "path": str(entry.picture),
+        "path": shown(entry.picture),
     }
+
+
+def _cell(file: Path) -> dict[str, Any]:
+    """A file by its path, or by its bytes where Arrow cannot hold the path."""
+    name = shown(file)
+    if name == str(file):
+        return {"bytes": None, "path": name}
+    try:
+        return {"bytes": file.read_bytes(), "path": name}
+    except OSError as error:
+        raise ImageFileError(f"{name}: the file cannot be read ({error.strerror}); check the path") from error
 
 
 def export_parquet(dataset: datasets.DatasetDict, folder: PathLike) -> None:
@@ -210,7 +247,7 @@ def export_parquet(dataset: datasets.DatasetDict, folder: PathLike) -> None:
     for split, rows in dataset.items():
         rows = rows.map(lambda path: {"path": Path(path).relative_to(shared).as_posix()}, input_columns="path")
         count = -(-len(rows) // PICTURES_PER_FILE)
-        for index in tqdm(range(count), f"exporting {split}", unit="file", leave=False):
+        for index in tracked(range(count), f"exporting {split}", unit="file"):
             part = rows.shard(count, index).with_format("arrow")
             embedded = part.map(embed_table_storage, batched=True, keep_in_memory=True).with_format(None)
             write_atomically(data / f"{split}-{index:05d}-of-{count:05d}.parquet", embedded.to_parquet)

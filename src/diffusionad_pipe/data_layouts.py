@@ -7,12 +7,16 @@ own, `train_defective`: what is learned as normal must be.
 import csv
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from .image_files import IMAGE_SUFFIXES, ImageFileError, find_images
+from .image_files import IMAGE_SUFFIXES, ImageFileError, find_images, is_hidden, search_folder
+
+# Where the authors keep mattes: beside the folder `train`, under the names of its pictures.
+REFERENCE_FOREGROUNDS = ("DISthresh", "thresh")
 
 
 class Entry(NamedTuple):
@@ -23,12 +27,14 @@ class Entry(NamedTuple):
         mask: the file that marks its defect, also where the publisher gives an empty one for a good picture.
         defect_type: `"good"` or what is wrong; None where only the mask tells, by being empty or not.
         split: `train`, `validation` (good pictures only), `train_defective` or `test`.
+        unclear: files that may be its mask, and that others may as well be; then `mask` is None.
     """
 
     picture: Path
     mask: Path | None
     defect_type: str | None
     split: str
+    unclear: tuple[Path, ...] = ()
 
 
 class Layout(NamedTuple):
@@ -52,7 +58,7 @@ def split_of(split: str, defect_type: str) -> str:
 
 def is_picture(file: Path) -> bool:
     """Whether a file's name is a picture's, and not that of a hidden file."""
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    return file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file.name)
 
 
 def _read_folder(root: Path) -> list[Entry]:
@@ -68,8 +74,7 @@ def _read_mvtec(root: Path, good: str = "good", test: str = "test", ground_truth
     for folder in _folders(root / test):
         if folder != root / ground_truth:  # AD 2 keeps it beside the types
             defect_type = "good" if folder.name == good else folder.name
-            masks = _masks(root / ground_truth / folder.name)
-            entries += [Entry(p, _mask_of(p, masks), defect_type, "test") for p in _pictures(folder)]
+            entries += _with_masks(folder, root / ground_truth / folder.name, defect_type)
     return entries
 
 
@@ -80,8 +85,7 @@ def _read_mvtec_3d(root: Path) -> list[Entry]:
         for picture in _pictures(root / split / "good" / "rgb")
     ]
     for folder in _folders(root / "test"):
-        masks = _masks(folder / "gt")
-        entries += [Entry(p, _mask_of(p, masks), folder.name, "test") for p in _pictures(folder / "rgb")]
+        entries += _with_masks(folder / "rgb", folder / "gt", folder.name)
     return entries
 
 
@@ -174,15 +178,35 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*/") if not path.name.startswith("."))
+    return sorted(path for path in folder.glob("*/") if not is_hidden(path.name))
 
 
-def _masks(folder: Path) -> dict[str, Path]:
-    return {mask.stem: mask for mask in sorted(folder.glob("*")) if is_picture(mask)}
+def _with_masks(folder: Path, mask_folder: Path, defect_type: str) -> list[Entry]:
+    """The test pictures of a defect type with the masks of their names.
 
+    Masks lie in the sub-folders that their pictures lie in, or all in one folder as long as every name is there once.
+    Where two pictures could have one mask, or one picture two, nobody knows which is meant.
+    """
+    pictures = _pictures(folder)
+    masks: dict[Path, list[Path]] = {}  # by sub-folder and stem
+    for mask in search_folder(mask_folder) if mask_folder.is_dir() else []:
+        masks.setdefault(mask.relative_to(mask_folder).with_suffix(""), []).append(mask)
 
-def _mask_of(picture: Path, masks: dict[str, Path]) -> Path | None:
-    return masks.get(f"{picture.stem}_mask", masks.get(picture.stem))
+    def named_after(place: Path) -> list[Path]:
+        return masks.get(place.with_name(f"{place.name}_mask")) or masks.get(place) or []
+
+    places = [picture.relative_to(folder).with_suffix("") for picture in pictures]
+    here, stems = Counter(places), Counter(place.name for place in places)
+    entries = []
+    for picture, place in zip(pictures, places):
+        found, sharing = named_after(place), here[place]
+        if not found:
+            found, sharing = named_after(Path(place.name)), stems[place.name]
+        if len(found) == 1 and sharing == 1:
+            entries.append(Entry(picture, found[0], defect_type, "test"))
+        else:
+            entries.append(Entry(picture, None, defect_type, "test", tuple(found)))
+    return entries
 
 
 # The first whose signature matches is the layout of a folder.
