@@ -65,7 +65,7 @@ class RunGuard:
         if self.crashed:  # the other worker may hold a hundred tests more, and who takes the place of this one can hang
             pytest.exit(f"a worker died in {self.crashed}", returncode=1)
         if self.has_workers and not self.is_worker:
-            self.end_after(self.limit + 600)
+            self.end_after(self.limit + 900)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:

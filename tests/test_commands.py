@@ -149,7 +149,7 @@ def test_push_and_the_lines_of_the_card(trained: Path, hub_server: HubServer, tm
     open_image(PICTURE).save(elsewhere / "picture.jpg")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=elsewhere, env=clean_environment(hub_server, elsewhere), text=True,
-        capture_output=True, timeout=500, check=False,
+        capture_output=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     expected = DiffusionADPipeline.from_pretrained(trained)(open_image(elsewhere / "picture.jpg"))

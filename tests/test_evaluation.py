@@ -138,6 +138,7 @@ def test_predictions_of_other_pictures_are_not_used(model: Path, data: Path, tmp
     assert fresh.rows[0]["score"] != before[0] and fresh.rows[1]["score"] == pytest.approx(before[1], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_streaming_holds_one_map_whatever_their_number(model: Path, tmp_path: Path) -> None:
     """In a process of its own, whose peak memory tells."""
     side = 1500
@@ -165,6 +166,7 @@ for name in ("few", "many"):
     assert many - few < 4 * side**2 * 4  # 8 further maps of 9 MB each took less than 4 of them
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_and_agree(model: Path, data: Path, tmp_path: Path) -> None:
     arguments = ["--model", str(model), "--data", str(data), "--batch_size", "2", "--no-report", "--output"]
     one = run_script([SCRIPT, *arguments, tmp_path / "one"], ENVIRONMENT)

@@ -28,7 +28,7 @@ def launch(output: Path, *arguments: object) -> subprocess.CompletedProcess[str]
     """As a user starts it."""
     return subprocess.run(
         [sys.executable, *LAUNCH, "predict", *map(str, arguments), "--output", str(output), "--batch-size", "2"],
-        capture_output=True, text=True, timeout=600, env=ENVIRONMENT,
+        capture_output=True, text=True, timeout=300, env=ENVIRONMENT,
     )  # fmt: skip
 
 
@@ -135,6 +135,7 @@ def test_even_shares() -> None:
     assert [len(share) for share in even_shares(1, 4)] == [0, 0, 0, 1]
 
 
+@pytest.mark.slow
 def test_watching_takes_one_process(model: Path, pictures: Path, tmp_path: Path) -> None:
     done = launch(tmp_path / "out", pictures, "--model", model, "--watch")
     assert "--watch is for one process" in done.stderr

@@ -109,6 +109,8 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert result.exit_code == 0, (command, result.output, result.exception)
 
 
+@pytest.mark.slow
+@pytest.mark.minutes(20)
 def test_every_command_runs(place: Path, hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for command in commands():
         if where := next((where for start, where in ELSEWHERE.items() if command.startswith(start)), None):

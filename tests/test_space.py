@@ -288,7 +288,7 @@ def test_the_page_is_there_before_the_model_and_a_damaged_one_ends_it(tmp_path):
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     variables = environment(tmp_path, free_port(), DIFFUSIONAD_MODEL=str(model))
-    done = subprocess.run([sys.executable, APP], env=variables, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, APP], env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "Running on local URL" in done.stdout
     last = done.stderr.strip().splitlines()[-1]
@@ -307,6 +307,8 @@ def test_a_model_without_settings_is_a_sentence_at_once(tmp_path, damage):
     assert done.stderr.strip().splitlines()[-1].startswith("tiny") and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.minutes(20)
 def test_200_pictures_leave_neither_memory_nor_files_behind(tmp_path):
     """And benchmarks/space.py prints what it promises."""
     model = save_model(tmp_path / "tiny")

@@ -149,6 +149,7 @@ def test_the_steps_between_are_five_pictures(visitor: Visitor) -> None:
     assert len(set(pictures.evaluate_all("all => all.map(i => i.src)"))) == 5
 
 
+@pytest.mark.slow
 def test_a_batch_of_23_with_a_broken_file(visitor: Visitor, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(TEST_PICTURES[0].read_bytes()[:5000])
@@ -158,7 +159,7 @@ def test_a_batch_of_23_with_a_broken_file(visitor: Visitor, tmp_path: Path) -> N
     visitor.upload_many([*named[:11], broken, *named[11:]])
     progress = visitor.page.get_by_label("Progress")
     done = re.compile(r"^23 of 23 done: 22 examined, 1\d of them defective, 1 not examined\.$")
-    expect(progress).to_have_value(done, timeout=4000 * START_SECONDS)
+    expect(progress).to_have_value(done, timeout=1000 * START_SECONDS)
     expect(visitor.page.get_by_role("gridcell", name="broken.jpg")).to_be_visible()
     expect(visitor.page.get_by_role("gridcell", name="the picture is truncated")).to_be_visible()
     expect(visitor.page.locator(".heatmaps .thumbnail-item")).to_have_count(22)
@@ -215,6 +216,7 @@ def test_a_wrong_file_is_a_sentence_and_the_page_goes_on(visitor: Visitor, folde
     visitor.expect_verdict("Looks good")
 
 
+@pytest.mark.slow
 def test_two_visitors_at_once(browser: "playwright.Browser", address: str) -> None:
     visitors = Visitor(browser, address), Visitor(browser, address)
     for visitor, picture in zip(visitors, (DEFECTIVE, GOOD)):
@@ -224,6 +226,7 @@ def test_two_visitors_at_once(browser: "playwright.Browser", address: str) -> No
         visitor.close()
 
 
+@pytest.mark.slow
 def test_a_closed_tab_ends_its_batch(browser: "playwright.Browser", address: str, folder: Path) -> None:
     with zipfile.ZipFile(folder / "parts.zip", "w") as archive:
         for number in range(8):
@@ -242,7 +245,15 @@ def test_a_closed_tab_ends_its_batch(browser: "playwright.Browser", address: str
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("width, scheme", [(390, "light"), (390, "dark"), (1440, "light"), (1440, "dark")])
+@pytest.mark.parametrize(
+    "width, scheme",
+    [
+        (390, "dark"),
+        pytest.param(390, "light", marks=pytest.mark.slow),
+        pytest.param(1440, "dark", marks=pytest.mark.slow),
+        pytest.param(1440, "light", marks=pytest.mark.slow),
+    ],
+)
 def test_it_is_readable(browser: "playwright.Browser", address: str, width: int, scheme: str) -> None:
     visitor = Visitor(browser, address, viewport={"width": width, "height": 844}, color_scheme=scheme)
     visitor.upload(DEFECTIVE)

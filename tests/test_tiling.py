@@ -159,13 +159,14 @@ for height in (64, 64, 1024):  # the first call sets up the kernels
     needed.append(resident("VmHWM") - before)
 print(*needed)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     _, small, large = map(int, done.stdout.split())
     # A pixel's map and reconstruction in float32, as they are, clamped, and scaled to 8 bits: 16 + 16 + 24 + 4 bytes.
     assert (large - small) / (960 * 1024) < 80, (small, large)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory")
 def test_out_of_memory_names_batch_and_tile_size(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> None:
     tiny_pipeline.save_pretrained(tmp_path)
@@ -178,7 +179,7 @@ pipe.enable_tiling(4096, overlap=0)
 resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
 pipe(np.zeros((5000, 5000, 3), np.uint8), batch_size=16)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300)
     last = done.stderr.splitlines()[-1]
     expected = (
         "batch_size=16 and tile_size=4096 for a picture of 5000 x 5000 pixels: use a smaller batch_size, fewer noise"

@@ -201,7 +201,7 @@ def test_resuming_from_the_checkpoint_before_a_damaged_one(trained: Path, config
     assert_same_weights(trained, output)
 
 
-@pytest.mark.parametrize("processes, batch, accumulation", [(1, 1, 4), (2, 2, 1)])
+@pytest.mark.parametrize("processes, batch, accumulation", [(1, 1, 4), pytest.param(2, 2, 1, marks=pytest.mark.slow)])
 def test_accumulation_and_processes_equal_one_big_batch(
     trained: Path, config: Path, tmp_path: Path, processes: int, batch: int, accumulation: int
 ) -> None:
@@ -213,6 +213,7 @@ def test_accumulation_and_processes_equal_one_big_batch(
     assert_nearly_same_run(output, trained)
 
 
+@pytest.mark.slow
 def test_fsdp_equals_one_big_batch_and_resumes_bit_exact(trained: Path, config: Path, tmp_path: Path) -> None:
     """Sharded over two processes, and resumed from a checkpoint in the middle of the run."""
     environment = ENVIRONMENT | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -270,6 +271,7 @@ def test_a_signal_to_all_processes_saves_and_leaves(config: Path, tmp_path: Path
     assert run_folder.find_checkpoint(output, "latest")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_an_upload_that_hangs(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "finished"
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -336,6 +338,7 @@ def test_a_full_disk_keeps_both_networks_of_the_pipeline_that_was_there(tmp_path
     assert sorted(path.name for path in output.iterdir()) == ["model_index.json", "scheduler", "segmentation", "unet"]
 
 
+@pytest.mark.slow
 def test_out_of_memory_says_what_to_lower(config: Path, tmp_path: Path) -> None:
     flags = ["--train_batch_size", "3000", "--resolution", "256"]  # their pictures alone take 2.4 GB, twice
     result = run(command(config, tmp_path / "big", *flags), {resource.RLIMIT_AS: 6_000_000_000})

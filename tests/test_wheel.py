@@ -59,7 +59,7 @@ cli.app(["train", "--help"])
 
 
 @pytest.mark.slow
-@pytest.mark.minutes(30)
+@pytest.mark.minutes(20)
 @pytest.mark.skipif("DIFFUSIONAD_FRESH_ENVIRONMENT" not in os.environ, reason="installs torch; .ci/run asks for it")
 def test_a_space_starts_in_a_fresh_environment(unpacked: Path, tmp_path: Path) -> None:
     space, environment = tmp_path / "space", tmp_path / "environment"
