@@ -126,7 +126,7 @@ def test_defaults_are_those_of_training() -> None:
     for function in (cli.preview_synthesis, preview_synthesis):
         options = inspect.signature(function).parameters
         shared = {name: option.default for name, option in options.items() if name in settings}
-        assert shared == {name: settings[name] for name in shared} and len(shared) == 18
+        assert shared == {name: settings[name] for name in shared} and len(shared) == 19
 
 
 def test_without_the_train_extra() -> None:

@@ -30,6 +30,7 @@ class TrainingConfig:
     resolution: int = 256  # side in pixels that the networks train on
     resize_to: int | None = None  # side that pictures are resized to; random crops of --resolution; default: no crops
     max_unreadable: float = 0.1  # share of unreadable pictures that is put up with
+    max_pixels: int = 100_000_000  # larger pictures, textures and mattes are not read
     horizontal_flip: bool = False  # flip half of the pictures left to right
     vertical_flip: bool = False  # flip half of the pictures upside down
     rotation: float = 0.0  # turn pictures by up to so many degrees to either side
@@ -121,9 +122,10 @@ TEACHERS_SETTINGS = "small_timestep", "large_timestep", "guidance_scale", "times
 # Settings that may differ between a run and its resumption: they do not change what comes out. (Synthesis on a GPU or
 # in workers on the CPU may round a mask's pixel otherwise.)
 BOOKKEEPING = {
-    "output_dir", "max_unreadable", "max_skipped_steps", "cpu_threads", "logging_steps", "checkpointing_steps",
-    "checkpoints_total_limit", "resume_from_checkpoint", "allow_config_changes", "overwrite", "dataloader_num_workers",
-    "streaming", "report_to", "dataset_title", "licence", "licence_note", "push_to_hub", "hub_model_id",
+    "output_dir", "max_unreadable", "max_pixels", "max_skipped_steps", "cpu_threads", "logging_steps",
+    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_config_changes", "overwrite",
+    "dataloader_num_workers", "streaming", "report_to", "dataset_title", "licence", "licence_note", "push_to_hub",
+    "hub_model_id",
 }  # fmt: skip
 
 
@@ -147,7 +149,10 @@ def parse_arguments(arguments: list[str], description: str | None) -> TrainingCo
             options |= {"type": int, "nargs": "+"}
         else:
             options |= {"type": kind, "choices": CHOICES.get(field.name)}
-        parser.add_argument(f"--{field.name}", default=None, **options)
+        flags_of_it = [f"--{field.name}"]
+        if field.name == "max_pixels":  # messages on pictures call it so
+            flags_of_it.append("--max-pixels")
+        parser.add_argument(*flags_of_it, default=None, **options)
     for argument in arguments:
         name = argument.partition("=")[0]
         if name.startswith("--") and name.endswith(("token", "api_key")):

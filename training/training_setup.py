@@ -111,6 +111,7 @@ def build_datasets(
         image_column=config.image_column,
         streaming=config.streaming,
         max_unreadable=config.max_unreadable,
+        max_pixels=config.max_pixels,
     )
     is_held_out = split_held_out(len(pictures.names), config.validation_fraction)
     mattes = foreground_mattes(
@@ -119,11 +120,12 @@ def build_datasets(
         folder=config.foreground_dir,
         model=config.foreground_model,
         cache_dir=Path(config.output_dir) / FOREGROUNDS,
+        max_pixels=config.max_pixels,
     )
 
     def sources(chosen: torch.Tensor, draw_side: int) -> dict[str, Any]:
         """What both kinds of draws are made from: chosen pictures, textures of the draws' size, shares."""
-        textures = read_textures(config.texture_dir, draw_side)
+        textures = read_textures(config.texture_dir, draw_side, config.max_pixels)
         return {
             "pictures": pictures.pixels[chosen].to(device),
             "textures": None if textures is None else textures.to(device),

@@ -10,8 +10,8 @@ import typer
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import HTTPError  # of the library that its version talks with
 
-from .console import USER_ERRORS, fail, needed_packages, output_console
-from .image_files import find_images, open_image
+from .console import USER_ERRORS, MaxPixels, fail, needed_packages, output_console
+from .image_files import MAX_PIXELS, ImageFileError, find_images, open_image
 from .model_card import write_plain_card
 from .model_summary import summarize
 from .picture_sources import find_files
@@ -101,6 +101,7 @@ def export(
         Path | None, typer.Option(help="Folder of good pictures that the ranges for --int8 are taken from.")
     ] = None,
     calibration_count: Annotated[int, typer.Option(min=1, help="How many of them at most.")] = 100,
+    max_pixels: MaxPixels = MAX_PIXELS,
     licence: Annotated[str | None, typer.Option(help="Of the weights. Default: what the model card says.")] = None,
 ) -> None:
     """Write a model as one file that runs without torch.
@@ -119,12 +120,18 @@ def export(
     try:
         if int8 and calibration is None:
             raise ValueError("--int8 needs --calibration: a folder with good pictures, those you trained on will do")
-        pictures = []
+        pictures, failures = [], []
         if calibration is not None:
             # Spread over the folder: its first pictures may all be from one day.
             files = find_images(calibration)
             chosen = files[:: -(-len(files) // calibration_count)]
-            pictures = [to_rgb_uint8(open_image(file)) for file in chosen]
+            for file in chosen:
+                try:
+                    pictures.append(to_rgb_uint8(open_image(file, max_pixels=max_pixels)))
+                except ImageFileError as error:
+                    failures.append(str(error))
+            if not pictures:
+                raise ValueError(f"none of {len(chosen)} pictures can be read: {failures[0]}")
         diffusers_logging.disable_progress_bar()
         pipe = DiffusionADPipeline.from_pretrained(model)
         pipe.set_progress_bar_config(disable=True)
@@ -140,10 +147,14 @@ def export(
             )
     except USER_ERRORS as error:
         fail(error)
+    for failure in failures:
+        output_console().print(f"left out: {failure}", style="yellow")
     output_console().print(
         f"{result.path} ({result.metadata['precision']}); on one picture its map differs from the pipeline's by at "
         f"most {result.map_difference:.2g}, its score by {result.score_difference:.2g}"
     )
+    if failures:
+        raise typer.Exit(1)
 
 
 def push(
@@ -184,6 +195,7 @@ def space(
         list[str] | None,
         typer.Option(help="Pictures to try the model on: files, folders or quoted patterns; the first six are taken."),
     ] = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Make a web page for a model.
 
@@ -195,7 +207,7 @@ def space(
     """
     try:
         pictures = [source.place for source in find_files(examples or [])]
-        write_space(model, output, examples=pictures)
+        write_space(model, output, examples=pictures, max_pixels=max_pixels)
     except USER_ERRORS as error:
         fail(error)
     console = output_console()

@@ -16,7 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from .acceleration import explained_out_of_memory, fastest_dtype, find_device, join_processes
 from .calibration import calibrate as calibrate_pipeline
 from .calibration import store_thresholds
-from .console import USER_ERRORS, Console, fail, needed_packages, output_console
+from .console import USER_ERRORS, Console, MaxPixels, fail, needed_packages, output_console
 from .model_card import describe_thresholds, write_thresholds
 from .picture_sources import PictureSource, find_files, find_rows, from_file, watch_folders
 from .pipeline_diffusionad import DiffusionADPipeline
@@ -29,7 +29,6 @@ STYLES = {"defective": "bold red", "good": "green", None: ""}
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... Default: a GPU if there is one.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures in one pass of the networks.")]
-MaxPixels = Annotated[int, typer.Option(min=1, help="Refuse larger pictures before decoding.")]
 
 
 class Dtype(StrEnum):

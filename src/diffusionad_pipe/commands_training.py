@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .console import USER_ERRORS, fail, needed_packages, output_console
-from .image_files import IMAGE_SUFFIXES, write_atomically
+from .console import USER_ERRORS, MaxPixels, fail, needed_packages, output_console
+from .image_files import IMAGE_SUFFIXES, MAX_PIXELS, write_atomically
 from .shipped_files import find_shipped
 
 MANY_EMPTY_MASKS = 0.1  # share of draws from which on the preview warns
@@ -19,6 +19,7 @@ def check_data(
     path: Annotated[Path, typer.Argument(help="Folder of one category, or of several.")],
     category: Annotated[str, typer.Option(help="Sub-folder, where the folder holds several; all: every one.")] = "all",
     layout: Annotated[str, typer.Option(help="As load_anomaly_dataset takes it; auto: whichever fits.")] = "auto",
+    max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Report every problem of a dataset.
 
@@ -32,7 +33,7 @@ def check_data(
     with needed_packages():
         from .check_data import check_data as check
     try:
-        problems = check(path, layout, category)
+        problems = check(path, layout, category, max_pixels)
     except (ValueError, OSError) as error:
         fail(error)
     console = output_console()
@@ -95,6 +96,7 @@ def preview_synthesis(
     max_unreadable: Annotated[
         float, typer.Option(min=0, max=1, help="Share of unreadable pictures that is put up with.")
     ] = 0.1,
+    max_pixels: MaxPixels = MAX_PIXELS,
     seed: Annotated[int, typer.Option(min=0, help="The same as in training gives the same samples.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Samples on the sheet.")] = 8,
     draws: Annotated[int, typer.Option(min=1, help="Samples that empty masks are counted in.")] = 200,
@@ -119,6 +121,7 @@ def preview_synthesis(
             resolution=resolution,
             resize_to=resize_to,
             max_unreadable=max_unreadable,
+            max_pixels=max_pixels,
             validation_fraction=validation_fraction,
             horizontal_flip=horizontal_flip,
             vertical_flip=vertical_flip,

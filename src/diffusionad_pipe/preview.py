@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .calibration import split_held_out
+from .image_files import MAX_PIXELS
 from .image_processor import PANEL_INK, DiffusionADImageProcessor
 from .synthetic_dataset import SyntheticAnomalyDataset
 from .training_data import foreground_mattes, read_good_pictures, read_textures
@@ -42,6 +43,7 @@ def preview_synthesis(
     resolution: int = 256,
     resize_to: int | None = None,
     max_unreadable: float = 0.1,
+    max_pixels: int = MAX_PIXELS,
     validation_fraction: float = 0.15,
     horizontal_flip: bool = False,
     vertical_flip: bool = False,
@@ -81,13 +83,15 @@ def preview_synthesis(
     side = resize_to or resolution
     if side < resolution:
         raise ValueError(f"--resize-to {side} is smaller than --resolution {resolution}: crops cannot be larger")
-    pictures = read_good_pictures(folder, side, category=category, max_unreadable=max_unreadable)
+    pictures = read_good_pictures(folder, side, category=category, max_unreadable=max_unreadable, max_pixels=max_pixels)
     # As in training, where what a draw becomes depends on the number of its picture among those not held out.
     trained = ~split_held_out(len(pictures.names), validation_fraction)
-    mattes = foreground_mattes(foreground, pictures, folder=foreground_dir, model=foreground_model)
+    mattes = foreground_mattes(
+        foreground, pictures, folder=foreground_dir, model=foreground_model, max_pixels=max_pixels
+    )
     dataset = SyntheticAnomalyDataset(
         pictures.pixels[trained],
-        read_textures(texture_dir, resolution),
+        read_textures(texture_dir, resolution, max_pixels),
         length=max(draws, count),
         seed=seed,
         foregrounds=mattes[trained] if isinstance(mattes, torch.Tensor) else mattes,

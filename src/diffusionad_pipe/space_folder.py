@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 
-from .image_files import ImageFileError, find_images, open_image
+from .image_files import MAX_PIXELS, ImageFileError, find_images, open_image
 from .image_processor import DiffusionADImageProcessor
 from .pipeline_diffusionad import DiffusionADPipeline
 from .shipped_files import PACKAGE, find_shipped
@@ -31,6 +31,7 @@ def write_space(
     *,
     model_id: str | None = None,
     examples: Sequence[Path] = (),
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Write the folder. `python app.py` starts it wherever its requirements.txt is installed, and so does a Space.
 
@@ -38,6 +39,7 @@ def write_space(
         model: the pipeline's folder, or its Hub id.
         folder: to be made; it appears when it is whole.
         model_id: Hub id that the Space's page links to; None takes `model` if that is one.
+        max_pixels: examples of more are refused.
         examples: pictures to try the model on, the first six of them; without any those of the hazelnut model stay.
 
     Raises:
@@ -64,7 +66,7 @@ def write_space(
         for component in COMPONENTS:
             shutil.copytree(source / component, embedded / component, ignore=_all_but_json_and_safetensors)
         if examples:
-            _replace_examples(temporary / "examples", examples[:HIGHEST_EXAMPLE_COUNT])
+            _replace_examples(temporary / "examples", examples[:HIGHEST_EXAMPLE_COUNT], max_pixels)
         requirements = temporary / "requirements.txt"
         requirements.write_text(_spell_out(requirements.read_text(encoding="utf-8")), encoding="utf-8")
         card = SpaceCard.load(temporary / "README.md")
@@ -80,13 +82,13 @@ def _all_but_json_and_safetensors(folder: str, names: list[str]) -> set[str]:
     return {name for name in names if not name.endswith((".json", ".safetensors"))}
 
 
-def _replace_examples(folder: Path, pictures: Sequence[Path]) -> None:
+def _replace_examples(folder: Path, pictures: Sequence[Path], max_pixels: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     processor = DiffusionADImageProcessor()
     for index, file in enumerate(find_images(pictures), 1):
         try:
-            picture = open_image(file)
+            picture = open_image(file, max_pixels=max_pixels)
             tensor, _ = processor.preprocess(picture, picture.height, picture.width)
         except ImageFileError:
             raise

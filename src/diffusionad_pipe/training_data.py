@@ -2,27 +2,30 @@
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import datasets
-import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
 from .data import load_anomaly_dataset
+from .data_layouts import REFERENCE_FOREGROUNDS
 from .foreground import FOREGROUND_PROVIDERS, segmentation_model_foreground, threshold_foreground
-from .image_files import ImageFileError, find_images, open_image, write_atomically
+from .image_files import MAX_PIXELS, ImageFileError, find_images, open_cell, open_image, shown, write_atomically
 from .image_processor import DiffusionADImageProcessor
+from .masks import read_matte
 
 logger = logging.getLogger(__name__)
 
-SHIPPED_TEXTURES = Path(__file__).parent / "textures"
+Source: TypeAlias = Image.Image | str | Mapping[str, Any]
 
-# Where the authors keep their mattes: beside the folder `train`, under the same names.
-REFERENCE_FOREGROUNDS = ("DISthresh", "thresh")
+SHIPPED_TEXTURES = Path(__file__).parent / "textures"
 
 
 class Pictures(NamedTuple):
@@ -38,19 +41,21 @@ class Pictures(NamedTuple):
 
 
 def read_pictures(
-    sources: Iterable[tuple[str, Image.Image | str]],
+    sources: Iterable[tuple[str, Source]],
     resolution: int,
     *,
     what: str = "pictures",
     max_unreadable: float = 0.1,
+    max_pixels: int = MAX_PIXELS,
 ) -> Pictures:
     """Decode pictures and resize them to squares. Unreadable ones are listed and left out.
 
     Args:
-        sources: (name, picture or its path) of each.
+        sources: of each its name, and the picture, its path or its cell in a dataset.
         resolution: side in pixels.
         what: for the progress bar and for messages.
         max_unreadable: largest share of unreadable pictures that is put up with.
+        max_pixels: pictures of more are not read.
 
     Raises:
         ValueError: when more than that share, or every picture, is unreadable.
@@ -60,9 +65,7 @@ def read_pictures(
     for name, source in tqdm(sources, desc=f"reading {what}", unit="picture", leave=False):
         count += 1
         try:
-            picture, _ = processor.preprocess(
-                open_image(source) if isinstance(source, str) else source, resolution, resolution
-            )
+            picture, _ = processor.preprocess(_open(source, name, max_pixels), resolution, resolution)
         except ImageFileError as error:
             logger.warning("left out: %s", error)
         except (ValueError, OSError) as error:
@@ -80,6 +83,14 @@ def read_pictures(
     return Pictures(names, torch.stack(pixels))
 
 
+def _open(source: Source, name: str, max_pixels: int) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, Mapping):
+        return open_cell(source, name, max_pixels=max_pixels)
+    return open_image(source, max_pixels=max_pixels)
+
+
 def read_good_pictures(
     folder: str | None,
     resolution: int,
@@ -89,6 +100,7 @@ def read_good_pictures(
     image_column: str = "image",
     streaming: bool = False,
     max_unreadable: float = 0.1,
+    max_pixels: int = MAX_PIXELS,
 ) -> Pictures:
     """The good training pictures of a folder, or of the split `train` of a dataset on the Hub or in Parquet files.
 
@@ -101,14 +113,16 @@ def read_good_pictures(
         image_column: its column of pictures.
         streaming: do not download the dataset first.
         max_unreadable: as in [`read_pictures`].
+        max_pixels: as in [`read_pictures`].
 
     Raises:
         ValueError: names what is missing.
     """
+    limits: dict[str, Any] = {"max_unreadable": max_unreadable, "max_pixels": max_pixels}
     if dataset_name is None:
-        paths = load_anomaly_dataset(folder or "", category=category)["train"]["path"]
-        sources: Iterable[tuple[str, Image.Image | str]] = ((path, path) for path in paths)
-        return read_pictures(sources, resolution, what="good pictures", max_unreadable=max_unreadable)
+        train = load_anomaly_dataset(folder or "", category=category, max_pixels=max_pixels)["train"]
+        cells = train.cast_column("image", datasets.Image(decode=False))["image"]
+        return read_pictures(zip(train["path"], cells), resolution, what="good pictures", **limits)
 
     rows = datasets.load_dataset(dataset_name, category, split="train", streaming=streaming)
     features = rows.features or {}
@@ -118,16 +132,19 @@ def read_good_pictures(
     good = [index for index, name in enumerate(classes) if name.lower() in ("good", "normal", "ok")]
     if good:
         rows = rows.filter(lambda row: row["label"] in good)
+    if isinstance(features.get(image_column), datasets.Image):  # else it decodes them itself, by rules of its own
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
     sources = ((f"{dataset_name}[{index}]", row[image_column]) for index, row in enumerate(rows))
-    return read_pictures(sources, resolution, what="good pictures", max_unreadable=max_unreadable)
+    return read_pictures(sources, resolution, what="good pictures", **limits)
 
 
-def read_textures(folder: str | None, resolution: int) -> torch.Tensor | None:
+def read_textures(folder: str | None, resolution: int, max_pixels: int = MAX_PIXELS) -> torch.Tensor | None:
     """Textures `[T, 3, H, W]` uint8 of a folder, nested like DTD's or flat; None: the shipped ones, `"none"`: none."""
     if folder == "none":
         return None
     paths = find_images([folder or SHIPPED_TEXTURES])
-    return read_pictures(((str(path), str(path)) for path in paths), resolution, what="textures").pixels
+    sources = ((shown(path), str(path)) for path in paths)
+    return read_pictures(sources, resolution, what="textures", max_pixels=max_pixels).pixels
 
 
 def foreground_mattes(
@@ -137,6 +154,7 @@ def foreground_mattes(
     folder: str | None = None,
     model: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> torch.Tensor | Literal["random"] | None:
     """Where synthetic anomalies may be, as [`SyntheticAnomalyDataset`] takes it.
 
@@ -147,6 +165,7 @@ def foreground_mattes(
             or `thresh` beside the folder `train`.
         model: Hub id or folder of a semantic segmentation model of transformers, for that provider.
         cache_dir: where mattes of such a model are kept as PNG files, to be looked at and not computed again.
+        max_pixels: mattes of more are refused.
 
     Returns:
         `[N, 1, H, W]` uint8, `"random"` or None.
@@ -163,7 +182,7 @@ def foreground_mattes(
         mattes = [threshold_foreground(picture.float() / 255) for picture in pictures.pixels]
         return (torch.stack(mattes) * 255).round().byte()
     if provider == "folder":
-        return _read_mattes(_find_mattes(pictures.names, folder), resolution)
+        return _read_mattes(_find_mattes(pictures.names, folder), resolution, max_pixels)
     if provider == "transformers":
         if not model:
             raise ValueError("the foreground provider transformers needs --foreground_model, a Hub id or a folder")
@@ -182,33 +201,54 @@ def foreground_mattes(
 
 
 def _find_mattes(names: Sequence[str], folder: str | None) -> list[Path]:
-    """One matte for each picture; all that are missing are named at once."""
-    by_folder: dict[Path, dict[str, Path]] = {}
-    found, missing = [], []
+    """One matte for each picture; all that are missing, or could be another's, are named at once."""
+    by_folder: dict[Path, dict[str, list[Path]]] = {}
+    found: list[Path | None] = []
     for name in names:
         picture = Path(name)
         if folder is not None:
             places = [Path(folder)]
         else:  # <category>/train/good/000.png -> <category>/DISthresh/good/000.png
-            places = [picture.parents[2] / where / picture.parent.name for where in REFERENCE_FOREGROUNDS]
+            root = next((parent.parent for parent in picture.parents if parent.name == "train"), picture.parents[-1])
+            places = [root / where for where in REFERENCE_FOREGROUNDS]
         for place in places:
             if place not in by_folder:
-                by_folder[place] = {path.stem: path for path in find_images([place])} if place.is_dir() else {}
-        mattes = [by_folder[place][picture.stem] for place in places if picture.stem in by_folder[place]]
-        found += mattes[:1]
-        missing += [] if mattes else [name]
+                by_folder[place] = {}
+                for matte in find_images([place]) if place.is_dir() else []:
+                    by_folder[place].setdefault(shown(matte.stem), []).append(matte)
+        mattes = next((by_folder[place][picture.stem] for place in places if picture.stem in by_folder[place]), [])
+        found.append(_nearest(mattes, picture))
+    shared = Counter(found)
+    missing = [name for name, matte in zip(names, found) if matte is None or shared[matte] > 1]
     if missing:
         listed = "\n  ".join(missing[:20]) + (f"\n  and {len(missing) - 20} more" if len(missing) > 20 else "")
         raise ValueError(
-            f"{len(missing)} of {len(names)} pictures have no matte of the same name in "
+            f"{len(missing)} of {len(names)} pictures have no matte of the same name to themselves in "
             f"{folder or ' or '.join(REFERENCE_FOREGROUNDS)}:\n  {listed}\n"
-            "Add them, or use --foreground threshold (objects) or random (textures), which need no files"
+            "Add them, in sub-folders as the pictures are where names are there twice, or use --foreground threshold "
+            "(objects) or random (textures), which need no files"
         )
-    return found
+    return [matte for matte in found if matte is not None]
 
 
-def _read_mattes(paths: Sequence[Path], resolution: int) -> torch.Tensor:
-    mattes = [
-        open_image(path).convert("L").resize((resolution, resolution), Image.Resampling.BILINEAR) for path in paths
-    ]
-    return torch.from_numpy(np.stack([np.asarray(matte) for matte in mattes]))[:, None]
+def _nearest(mattes: Sequence[Path], picture: Path) -> Path | None:
+    """Of mattes of one name the one whose folders are called most like the picture's; None if several are."""
+
+    def shared_folders(matte: Path) -> int:
+        pairs = zip(reversed(matte.parent.parts), reversed(picture.parent.parts))
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+    likeness = [shared_folders(matte) for matte in mattes]
+    if not mattes or likeness.count(max(likeness)) > 1:
+        return None
+    return mattes[likeness.index(max(likeness))]
+
+
+def _read_mattes(paths: Sequence[Path], resolution: int, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """`[N, 1, resolution, resolution]` uint8."""
+    mattes = []
+    for path in paths:
+        matte = torch.from_numpy(read_matte(path, max_pixels=max_pixels))[None, None]  # [1, 1, h, w]
+        resized = F.interpolate(matte, (resolution, resolution), mode="bilinear", antialias=True)[0]
+        mattes.append((resized.clamp(0, 1) * 255).round().byte())
+    return torch.stack(mattes)
