@@ -134,9 +134,7 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # also where the tests run in the background, and ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
     for what, amount in limits.items():
         resource.setrlimit(what, (amount, amount))
     sys.argv = arguments

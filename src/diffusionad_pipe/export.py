@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +24,7 @@ from . import __version__
 from .exported import FORMAT_VERSION, LARGEST_BATCH, METADATA_KEY, OUTPUTS, ExportedDetector
 from .image_files import write_atomically
 from .pipeline_diffusionad import DiffusionADPipeline
+from .prefetch import prefetched
 
 if TYPE_CHECKING:
     import openvino
@@ -278,26 +279,31 @@ def write_openvino(source: Path, path: Path, metadata: str, calibration: list[ND
         import nncf
         from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
-        model = nncf.quantize(
-            model,
-            nncf.Dataset(calibration, lambda picture: picture[None]),
-            preset=nncf.QuantizationPreset.MIXED,  # symmetric weights, asymmetric activations: those after SiLU need it
-            subset_size=len(calibration),
-            ignored_scope=nncf.IgnoredScope(
-                types=NOT_QUANTIZED,
-                names=[
-                    node.get_friendly_name()
-                    for node in model.get_ops()
-                    if node.get_type_name() == "Convolution" and node.input_value(1).shape[1] == COMPARED_CHANNELS
-                ],
-                validate=False,
-            ),
-            # The widest range that any picture shows. NNCF's mean of all cuts off what few good pictures have, and
-            # defects are made of that.
-            advanced_parameters=nncf.AdvancedQuantizationParameters(
-                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
-            ),
-        )
+        def quantize() -> Iterator["openvino.Model"]:
+            yield nncf.quantize(
+                model,
+                nncf.Dataset(calibration, lambda picture: picture[None]),
+                preset=nncf.QuantizationPreset.MIXED,  # symmetric weights, asymmetric activations: SiLU's need it
+                subset_size=len(calibration),
+                ignored_scope=nncf.IgnoredScope(
+                    types=NOT_QUANTIZED,
+                    names=[
+                        node.get_friendly_name()
+                        for node in model.get_ops()
+                        if node.get_type_name() == "Convolution" and node.input_value(1).shape[1] == COMPARED_CHANNELS
+                    ],
+                    validate=False,
+                ),
+                # The widest range that any picture shows. NNCF's mean of all cuts off what few good pictures have, and
+                # defects are made of that.
+                advanced_parameters=nncf.AdvancedQuantizationParameters(
+                    activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+                ),
+            )
+
+        # NNCF makes OpenVINO's cores and frees them in any order, which may only be in a thread that then ends: see
+        # `exported._openvino_core`.
+        (model,) = prefetched(quantize())
     resize_by_products(model)  # after quantization, which would round the pictures' pixels to 8 bits once more
     model.set_rt_info(metadata, METADATA_KEY)
     written = source.with_name(path.name)

@@ -13,9 +13,10 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ from PIL import Image
 from .config_values import is_finite
 from .pixels import FULL_SCALE, check_kind, check_size, check_unit_range, read_pil
 from .prefetch import prefetched
+
+if TYPE_CHECKING:
+    import openvino
 
 Picture: TypeAlias = Image.Image | NDArray[Any]
 # Pictures [B, H, W, 3] uint8 -> maps [B, H, W], scores [B] and, if wanted, reconstructions [B, H, W, 3], all float32.
@@ -299,14 +303,26 @@ def _load_onnx(
     return text, lambda pictures: session.run(outputs, {name: pictures})
 
 
+@cache
+def _openvino_core() -> "openvino.Core":
+    """One for all detectors, and never freed.
+
+    The CPU's plugin of each gives the thread that loads it another stack for signal handlers. Where several are freed
+    in any order but the reverse, or in another thread, that stack is gone and still in use: the next Ctrl-C ends the
+    process with a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def _load_openvino(
     path: Path, outputs: Sequence[str], threads: int | None, options: dict[str, Any]
 ) -> tuple[str | None, Graph]:
-    import openvino
-
+    core = _openvino_core()
     if not path.with_suffix(".bin").is_file():
         raise ExportedFileError(f"{path}: its weights, {path.with_suffix('.bin').name}, are not beside it")
-    model = openvino.Core().read_model(path)
+    model = core.read_model(path)
     text = model.get_rt_info(METADATA_KEY).astype(str) if model.has_rt_info(METADATA_KEY) else None
     for result in model.get_results():
         if not result.input_value(0).names & set(outputs):
@@ -316,7 +332,7 @@ def _load_openvino(
     if threads:
         properties["INFERENCE_NUM_THREADS"] = str(threads)
     device = options.pop("DEVICE", "CPU")
-    compiled = openvino.compile_model(model, device, {**properties, **options})
+    compiled = core.compile_model(model, device, {**properties, **options})
 
     def run(pictures: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         request = compiled.create_infer_request()  # one for each call: threads may share a detector
