@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from conftest import HubServer
 from huggingface_hub import ModelCard, SpaceCard
 from PIL import Image
+from script_processes import DIFFUSIONAD, run_script
 from typer.testing import CliRunner
 
 from diffusionad_pipe import (
@@ -297,6 +299,13 @@ def test_calibrate(trained: Path, tmp_path: Path) -> None:
     (good / "broken.png").write_bytes(b"")
     output = refusal("calibrate", trained, good, "--false-positive-rate", 0.1, code=1)
     assert "left out" in output and "broken.png: the file is empty" in output and "24 good pictures" in output
+    # The same picture again, in another format, promises nothing more.
+    open_image(good / "00.png").save(good / "again.bmp")
+    output = refusal("calibrate", trained, good, "--false-positive-rate", 0.1, code=1)
+    assert f"again.bmp: the same picture as {good / '00.png'}" in output and "24 good pictures" in output
+    said = refusal("calibrate", trained, good, "--false-positive-rate", 1 / 26)
+    assert "24 good pictures, besides 1 that cannot be read and 1 that are there twice, cannot promise" in said
+    (good / "again.bmp").unlink()
     # Once they cannot be read, there are too few.
     assert "besides 1 that cannot be read" in refusal("calibrate", trained, good, "--false-positive-rate", 1 / 26)
 
@@ -311,6 +320,35 @@ def test_calibrate_says_what_is_wrong(saved: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0 and "its model card does not say so" in result.output
     index = json.loads((saved / "model_index.json").read_text())
     assert 0 < index["image_threshold"] < 1 and 0 < index["pixel_threshold"] < 1
+
+
+def test_calibrate_lists_a_picture_for_which_the_networks_give_nan(
+    tiny_pipeline: DiffusionADPipeline, tmp_path: Path
+) -> None:
+    with torch.no_grad():  # overflows where a picture is not black
+        tiny_pipeline.segmentation.encoder_blocks[0][0].weight[:, :3] = 3e38
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    for name, colour in (("black", 0), ("white", 255)):
+        Image.new("L", (40, 40), colour).save(tmp_path / f"{name}.png")
+    before = (tmp_path / "model" / "model_index.json").read_bytes()
+    command = ("calibrate", tmp_path / "model", tmp_path / "white.png", "--false-positive-rate", 0.5)
+    said = refusal(*command)
+    assert "0 good pictures, besides 1 that cannot be read" in said and "white.png: the networks gave NaN" in said
+    assert (tmp_path / "model" / "model_index.json").read_bytes() == before
+    assert "left out: " in refusal(*command, tmp_path / "black.png", code=1)
+    assert json.loads((tmp_path / "model" / "model_index.json").read_text())["image_threshold"] is not None
+
+
+def test_thresholds_are_written_whole_or_not_at_all(trained: Path, tmp_path: Path) -> None:
+    """With a limit of file sizes that the card does not keep, and the index does."""
+    card = trained / "README.md"
+    card.write_text(card.read_text() + "\n" + "A long card. " * 20_000)
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    Image.new("RGB", (40, 40)).save(tmp_path / "one.png")
+    command = [DIFFUSIONAD, "calibrate", trained, tmp_path / "one.png", "--false-positive-rate", 0.5]
+    done = run_script(command, limits={resource.RLIMIT_FSIZE: 100_000})
+    assert done.returncode == 1 and f"{card} cannot be written (File too large)" in done.stderr, done
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
 
 def test_train_refuses_before_it_launches() -> None:

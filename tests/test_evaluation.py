@@ -1,5 +1,6 @@
 """Evaluation of a tiny pipeline on real files, through the command and through `training/evaluate.py`."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,21 +9,25 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from script_processes import run_ranks, run_script
+from small_data import write_small_data
 from typer.testing import CliRunner
 
 from diffusionad_pipe import DiffusionADPipeline, open_image
 from diffusionad_pipe.cli import app
 from diffusionad_pipe.data import export_parquet, load_anomaly_dataset
-from diffusionad_pipe.evaluation import CategoryResult, evaluate, read_prediction
+from diffusionad_pipe.evaluation import CategoryResult, evaluate
 from diffusionad_pipe.evaluation_report import write_evaluation_report
 from diffusionad_pipe.metrics import evaluate_maps, mean_metrics
+from diffusionad_pipe.output_folder import OutputError, OutputFolder
 from diffusionad_pipe.results_table import markdown_table, published_rows
+from diffusionad_pipe.stored_predictions import Prediction, StoredPredictions
 
 SCRIPT = Path(__file__).parents[1] / "training" / "evaluate.py"
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
@@ -30,18 +35,7 @@ ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Two good pictures and three scratched ones: with a mask, with an empty one and without any."""
-    random = np.random.RandomState(0)
-    root = tmp_path / "data" / "part"
-    for name in ("train/good/0", "test/good/0", "test/good/1", "test/scratch/0", "test/scratch/1", "test/scratch/2"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.randint(0, 256, (40, 48, 3), dtype=np.uint8)).save(root / f"{name}.png")
-    (root / "ground_truth" / "scratch").mkdir(parents=True)
-    mask = np.zeros((40, 48), dtype=np.uint8)
-    Image.fromarray(mask).save(root / "ground_truth" / "scratch" / "1_mask.png")
-    mask[4:19, 7:38] = 255
-    Image.fromarray(mask).save(root / "ground_truth" / "scratch" / "0_mask.png")
-    return root
+    return write_small_data(tmp_path / "data" / "part")
 
 
 @pytest.fixture
@@ -49,6 +43,14 @@ def model(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> Path:
     tiny_pipeline.register_to_config(image_threshold=0.5, pixel_threshold=0.5)
     tiny_pipeline.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+def stored(output: Path, picture: Path, category: str = "part") -> Prediction:
+    """What an evaluation keeps of a picture."""
+    predictions = StoredPredictions(OutputFolder(output, "evaluate"), f"predictions/{category}")
+    prediction = predictions.read(hashlib.sha256(picture.read_bytes()).hexdigest())
+    assert prediction is not None
+    return prediction
 
 
 def test_metrics_are_those_of_the_pipelines_maps(model: Path, data: Path, tmp_path: Path) -> None:
@@ -102,40 +104,29 @@ def test_the_command_writes_tables_a_report_and_the_card(model: Path, data: Path
 def test_an_interrupted_evaluation_goes_on_and_another_model_begins_anew(
     model: Path, data: Path, tmp_path: Path, tiny_pipeline: DiffusionADPipeline
 ) -> None:
-    folder = tmp_path / "out" / "predictions" / "part"
+    folder, picture = tmp_path / "out" / "predictions" / "part", data / "test" / "good" / "1.png"
     evaluate(model, data, tmp_path / "out", batch_size=2)
-    first = read_prediction(folder, 1)
-    (folder / "000002.npz").unlink()
-    (folder / "000003.npz").unlink()
-    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
-    with pytest.raises(ValueError, match="no prediction for .*0.png: give the model to go on"):
+    first = stored(tmp_path / "out", picture)
+    gone = sorted(folder.glob("*.npz"))[1:3]
+    for file in gone:
+        file.unlink()
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+    with pytest.raises(ValueError, match=r"no prediction for .*\.png: give the model to go on"):
         evaluate(None, data, tmp_path / "out")
     evaluate(model, data, tmp_path / "out", batch_size=2)
-    assert len(list(folder.glob("*.npz"))) == 5
-    assert {path.name for path in folder.glob("*.npz") if times.get(path.name) == path.stat().st_mtime_ns} == set(times)
+    now = {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+    assert now.keys() == {*times, *gone} and now | times == now
 
     with torch.no_grad():
         tiny_pipeline.segmentation.conv_out.bias += 0.5
     tiny_pipeline.save_pretrained(tmp_path / "other")
     evaluate(tmp_path / "other", data, tmp_path / "out", batch_size=2)
-    other = read_prediction(folder, 1).anomaly_map
+    other = stored(tmp_path / "out", picture).anomaly_map
     assert (other > first.anomaly_map).all()
+    assert len(list(folder.glob("*.npz"))) == 5 and not now.keys() & {*folder.glob("*.npz")}
     evaluate(tmp_path / "other", data, tmp_path / "out", batch_size=2, dtype=torch.bfloat16)
-    half = read_prediction(folder, 1).anomaly_map
+    half = stored(tmp_path / "out", picture).anomaly_map
     assert 0 < np.abs(half - other).max() < 0.05
-
-
-def test_predictions_of_other_pictures_are_not_used(model: Path, data: Path, tmp_path: Path) -> None:
-    (result,) = evaluate(model, data, tmp_path / "out")
-    moved = shutil.copytree(data, tmp_path / "elsewhere" / "part")
-    (again,) = evaluate(None, moved, tmp_path / "out")
-    assert again.metrics == result.metrics
-    Image.new("RGB", (48, 40)).save(moved / "test" / "good" / "0.png")
-    with pytest.raises(ValueError, match="predictions of other pictures than these test pictures: give the model"):
-        evaluate(None, moved, tmp_path / "out")
-    before = result.rows[0]["score"], result.rows[1]["score"]
-    (fresh,) = evaluate(model, moved, tmp_path / "out")
-    assert fresh.rows[0]["score"] != before[0] and fresh.rows[1]["score"] == pytest.approx(before[1], abs=1e-6)
 
 
 @pytest.mark.slow
@@ -232,14 +223,14 @@ def opencv_resize(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def test_the_reference_protocol_erodes_masks_and_scores_fifty_pixels(model: Path, data: Path, tmp_path: Path) -> None:
     (result,) = evaluate(model, data, tmp_path / "out", protocol="reference")
     for row in result.rows:
-        prediction = read_prediction(tmp_path / "out" / "predictions" / "part", row["index"])
+        prediction = stored(tmp_path / "out", Path(row["path"]))
         assert row["score"] == pytest.approx(np.sort(prediction.anomaly_map.ravel())[-50:].mean(), abs=1e-6)
     # The mask of scratch/0, [4:19, 7:38] of 40 x 48 pixels; the others have none that is usable.
     mask = np.zeros((40, 48))
     mask[4:19, 7:38] = 255
     eroded = opencv_resize(mask, (32, 32)) == 255
     assert 0 < eroded.sum() < (mask > 0).mean() * 32 * 32
-    maps = [read_prediction(tmp_path / "out" / "predictions" / "part", i).anomaly_map for i in range(5)]
+    maps = [stored(tmp_path / "out", Path(row["path"])).anomaly_map for row in result.rows]
     masks = [eroded if row["path"].endswith("scratch/0.png") else None for row in result.rows]
     masks = [np.zeros((32, 32)) if row["label"] == 0 else its for row, its in zip(result.rows, masks)]
     expected = evaluate_maps(maps, masks, method="reference")
@@ -288,6 +279,7 @@ def test_means_leave_out_what_is_not_defined() -> None:
             rows,
             0,
             [],
+            [],
             ["a remark"],
             {},
             0.1,
@@ -296,6 +288,7 @@ def test_means_leave_out_what_is_not_defined() -> None:
             {},
             {},
             curve,
+            *(cast(Any, None), cast(Any, None)),
         )
 
     results = [result("screw", 0.25), result("hazelnut", math.nan)]
@@ -326,36 +319,20 @@ def test_what_a_dataset_lacks_is_said(
     assert {name.split("_")[0] for name, undefined in its.items() if not undefined} == defined
     assert any(line.startswith(remark) for line in result.remarks)
     assert f"- part: {remark}" in markdown_table([result])
-    write_evaluation_report([result], data, None, tmp_path / "Ausgabe für Ä", {})
+    write_evaluation_report([result], data.name, OutputFolder(tmp_path / "Ausgabe für Ä", "evaluate"), {})
     page = (tmp_path / "Ausgabe für Ä" / "report.html").read_text(encoding="utf-8")
     assert not re.search(r">[\d.]+e\+\d+ %<", page)  # 1e+02 %
     assert remark in page and ("false alarm" in page or "passed" in page) == (missing != "test/good")
 
 
-def test_unusable_output_and_networks_are_said_at_once(
-    model: Path, data: Path, tmp_path: Path, tiny_pipeline: DiffusionADPipeline
-) -> None:
+def test_an_unusable_output_is_said_at_once(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     outputs = [(tmp_path / "file", "Not a directory|exists")]
     if os.path.isdir("/proc/self"):  # nobody can make a folder there, not even root, whom permissions do not stop
         outputs.append((Path("/proc/self/evaluation"), "No such file"))
     for output, reason in outputs:
-        with pytest.raises(ValueError, match=rf"{output} cannot be written to \(.*({reason}).*\): choose another"):
+        with pytest.raises(OutputError, match=rf"{output} cannot be written \(.*({reason}).*\): .*choose another"):
             evaluate(tmp_path / "no model", data, output)
-
-    with torch.no_grad():
-        tiny_pipeline.segmentation.conv_out.bias.fill_(math.nan)
-    tiny_pipeline.save_pretrained(tmp_path / "broken")
-    with pytest.raises(ValueError, match=r"good/0\.png, .*scratch/2\.png: the networks gave NaN"):
-        evaluate(tmp_path / "broken", data, tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("*.npz"))
-
-
-def test_a_mask_of_another_size_is_named(model: Path, data: Path, tmp_path: Path) -> None:
-    Image.new("L", (24, 20), 255).save(data / "ground_truth" / "scratch" / "0_mask.png")
-    for at_model_size in (False, True):
-        with pytest.raises(ValueError, match=r"scratch/0\.png has 48 x 40 pixels and its mask .*0_mask\.png 24 x 20"):
-            evaluate(model, data, tmp_path / "out", at_model_size=at_model_size)
 
 
 def test_categories_and_files_that_are_none(model: Path, data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Test pictures are never needed: what is chosen here is chosen on pictures that the model could have had to train on.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -13,10 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .image_files import ImageFileError, write_atomically
+from .acceleration import explained_out_of_memory
+from .batch_failures import TooFewJudgedError, run_batch
+from .image_files import ImageFileError
 from .metrics import evaluate_maps, f1_max
+from .output_folder import edit_file
 from .picture_sources import PictureSource
 from .pipeline_diffusionad import DiffusionADPipeline
+from .progress import tracked
 
 
 class Validation(NamedTuple):
@@ -45,7 +50,8 @@ class Calibration(NamedTuple):
         pixel_threshold: as [`calibrate_pixel_threshold`] sets it.
         picture_count: good pictures that they rest on.
         false_positive_rate: α, which these are enough for.
-        failures: sentences on pictures that could not be read.
+        failures: sentences on pictures that could not be judged.
+        duplicates: sentences on pictures that are another one again, and count for nothing.
     """
 
     image_threshold: float
@@ -53,6 +59,7 @@ class Calibration(NamedTuple):
     picture_count: int
     false_positive_rate: float
     failures: list[str]
+    duplicates: list[str]
 
 
 def split_held_out(count: int, fraction: float) -> torch.Tensor:
@@ -125,11 +132,12 @@ def calibrate(
 ) -> Calibration:
     """Set both thresholds from good pictures that the pipeline was not trained on.
 
-    Both are computed at the model's size; enlarging a map to its picture's size raises none of its levels.
+    Both are computed at the model's size; enlarging a map to its picture's size raises none of its levels. A picture
+    that is there twice, in whatever format, counts once: the same one again is no further evidence.
 
     Args:
         pipeline: in eval mode.
-        sources: the good pictures; of those that cannot be read, nothing but a sentence comes back.
+        sources: the good pictures; of those that cannot be judged, nothing but a sentence comes back.
         batch_size: pictures in one pass of the networks.
         false_positive_rate: α in (0, 1), of good pictures and of their pixels.
         max_pixels: larger pictures are refused before they are decoded.
@@ -138,27 +146,42 @@ def calibrate(
         [`Calibration`].
 
     Raises:
-        ValueError: when there are too few pictures for α: fewer than 1 / α − 1 guarantee nothing.
+        TooFewJudgedError: when there are too few pictures for α: fewer than 1 / α − 1 guarantee nothing.
     """
-    _refuse_few(len(sources), false_positive_rate)
+    _refuse_few(len(sources), false_positive_rate, [], [])
     side = pipeline.config.image_size
     failures: list[str] = []
+    duplicates: list[str] = []
+    names: dict[str, str] = {}  # hash of a picture -> its name
     maps: list[np.ndarray] = []
     scores: list[float] = []
-    for start in range(0, len(sources), batch_size):
-        batch = []
+
+    def predict(batch: Sequence[torch.Tensor]) -> list[tuple[np.ndarray, float]]:
+        with explained_out_of_memory(f"batch_size={len(batch)} (--batch-size)", "a lower one"):
+            output = pipeline(torch.cat(list(batch)), output_type="pt", batch_size=batch_size)
+        return list(zip(output.anomaly_maps[:, 0].cpu().numpy(), output.anomaly_scores.tolist()))
+
+    for start in tracked(range(0, len(sources), batch_size), "calibrating", "batch"):
+        batch: dict[str, torch.Tensor] = {}
         for source in sources[start : start + batch_size]:
             try:
-                batch.append(pipeline.image_processor.preprocess(source.read(max_pixels), side, side)[0])
-            except ImageFileError as error:
-                failures.append(str(error))
+                picture = pipeline.image_processor.preprocess(source.read(max_pixels), side, side)[0]
             except ValueError as error:
-                failures.append(f"{source.name}: {error}")
-        if batch:
-            output = pipeline(torch.cat(batch), output_type="pt", batch_size=batch_size)
-            maps += list(output.anomaly_maps[:, 0].cpu().numpy())
-            scores += output.anomaly_scores.tolist()
-    _refuse_few(len(scores), false_positive_rate, len(failures))
+                named = isinstance(error, ImageFileError)
+                failures.append(str(error) if named else f"{source.name}: {error}")
+                continue
+            name = names.setdefault(hashlib.sha256(picture.numpy().tobytes()).hexdigest(), source.name)
+            if name != source.name:
+                duplicates.append(f"{source.name}: the same picture as {name}")
+            else:
+                batch[name] = picture
+        for name, result in zip(batch, run_batch(predict, list(batch.values())) if batch else ()):
+            if isinstance(result, ValueError):
+                failures.append(f"{name}: {result}")
+            else:
+                maps.append(result[0])
+                scores.append(result[1])
+    _refuse_few(len(scores), false_positive_rate, failures, duplicates)
     labels, stacked = np.zeros(len(scores)), np.stack(maps)  # [N], [N, S, S]
     return Calibration(
         calibrate_image_threshold(np.array(scores), labels, false_positive_rate),
@@ -166,26 +189,33 @@ def calibrate(
         len(scores),
         false_positive_rate,
         failures,
+        duplicates,
     )
 
 
 def store_thresholds(folder: str | os.PathLike[str], image_threshold: float, pixel_threshold: float) -> None:
-    """Write both thresholds into the `model_index.json` of a saved pipeline; all else stays as it is."""
+    """Write both thresholds into the `model_index.json` of a saved pipeline; all else stays as it is.
+
+    Raises:
+        OutputError: when it cannot be written.
+    """
     path = Path(folder) / "model_index.json"
     index = json.loads(path.read_text(encoding="utf-8"))
     index |= {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"  # as diffusers writes it
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    edit_file(path, json.dumps(index, indent=2, sort_keys=True) + "\n")  # as diffusers writes it
 
 
-def _refuse_few(count: int, false_positive_rate: float, failed: int = 0) -> None:
+def _refuse_few(count: int, false_positive_rate: float, failures: Sequence[str], duplicates: Sequence[str]) -> None:
     if smallest_rate(count) > false_positive_rate * (1 + 1e-9):
         needed = math.ceil(1 / false_positive_rate - 1e-9) - 1
         possible = math.ceil(1e4 * smallest_rate(count)) / 1e4
-        unreadable = f", besides {failed} that cannot be read," if failed else ""
-        raise ValueError(
-            f"{count} good pictures{unreadable} cannot promise a false-positive rate of {false_positive_rate:g}: "
-            f"give at least {needed}, or --false-positive-rate {possible:g} or more"
+        causes = [f"{len(failures)} that cannot be read"] if failures else []
+        causes += [f"{len(duplicates)} that are there twice"] if duplicates else []
+        besides = f", besides {' and '.join(causes)}," if causes else ""
+        raise TooFewJudgedError(
+            f"{count} good pictures{besides} cannot promise a false-positive rate of {false_positive_rate:g}: "
+            f"give at least {needed}, or --false-positive-rate {possible:g} or more",
+            [*failures, *duplicates],
         )
 
 

@@ -1,7 +1,9 @@
 """The commands that show pictures to a model: predict, evaluate, calibrate."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -14,10 +16,12 @@ from accelerate.utils import broadcast_object_list
 from diffusers.utils import logging as diffusers_logging
 
 from .acceleration import explained_out_of_memory, fastest_dtype, find_device, join_processes
+from .batch_failures import TooFewJudgedError
 from .calibration import calibrate as calibrate_pipeline
 from .calibration import store_thresholds
 from .console import USER_ERRORS, Console, MaxPixels, fail, needed_packages, output_console
 from .model_card import describe_thresholds, write_thresholds
+from .output_folder import OutputError, OutputFolder, edit_file, require_editable
 from .picture_sources import PictureSource, find_files, find_rows, from_file, watch_folders
 from .pipeline_diffusionad import DiffusionADPipeline
 from .prediction import Drawings, MapFormat, fingerprint, judge
@@ -246,13 +250,14 @@ def evaluate(
     model_card: Annotated[
         bool, typer.Option("--model-card", help="Put the results into the README.md of the model's folder.")
     ] = False,
+    max_pixels: MaxPixels = 100_000_000,
 ) -> None:
     """Measure a model on the test pictures of a dataset.
 
     Prints a table with each category, and writes it with the score of every picture and a report. Predictions are
-    kept, so that an interrupted evaluation goes on. `accelerate launch training/evaluate.py` takes the same options
-    and shares the work among processes. Exit code: 0, 1 if a picture could not be read, 2 for wrong usage, which
-    `accelerate launch` turns into 1.
+    kept by the pictures' contents, so that an interrupted evaluation goes on. `accelerate launch training/evaluate.py`
+    takes the same options and shares the work among processes. Exit code: 0, 1 if a picture could not be judged or a
+    mask not be used, 2 for wrong usage or if nothing could be judged, which `accelerate launch` turns into 1.
 
     \b
     diffusionad evaluate --model runs/mine --data datasets/screw
@@ -261,49 +266,79 @@ def evaluate(
     with needed_packages():
         from . import evaluation, results_table
         from .evaluation_report import write_evaluation_report
+        from .stored_predictions import SETTINGS, name_predictions
+        from .test_pictures import load_test_pictures
     diffusers_logging.disable_progress_bar()
     console = output_console()
+    title = os.path.basename(os.path.abspath(data))
     settings = {
-        "model": model, "data": data.name, "protocol": protocol.value, "method": method.value,
+        "model": model, "data": title, "protocol": protocol.value, "method": method.value,
         "at_model_size": at_model_size, "num_noise_samples": num_noise_samples, "batch_size": batch_size,
     }  # fmt: skip
-    try:
-        join_processes()
-        place = find_device(device)
-        networks_dtype = dtype.on(place)
-        settings["dtype"] = str(networks_dtype).removeprefix("torch.")
-        results = evaluation.evaluate(
-            model,
-            data,
-            output,
-            category=category,
-            protocol=protocol.value,
-            method=method.value,
-            at_model_size=at_model_size,
-            num_noise_samples=num_noise_samples,
-            batch_size=batch_size,
-            dtype=networks_dtype,
-            device=place,
-        )
-        if not results:  # another process computes the metrics
-            return
-        results_table.write_tables(results, output, settings)
-        for line in results_table.markdown_table(results).splitlines():
-            console.print(line)
-        if report:
-            write_evaluation_report(results, data, category, output, settings)
-        if model_card:
-            size = "the model's size" if at_model_size or protocol is Protocol.reference else "the pictures' own size"
-            how = f"protocol {protocol.value}, at {size}, in {settings['dtype']}"
-            results_table.write_into_cards(results, model, data.name, how)
-    except USER_ERRORS as error:
-        fail(error)
+    folder = OutputFolder(output, "evaluate")
+    with ExitStack() as stack:
+        try:
+            join_processes()
+            place = find_device(device)
+            networks_dtype = dtype.on(place)
+            settings["dtype"] = str(networks_dtype).removeprefix("torch.")
+            categories = load_test_pictures(data, category, max_pixels)
+            names = [pictures.category for pictures in categories]
+            models = None if model is None else evaluation.find_models(model, names)
+            if model_card:
+                if models is None:
+                    raise ValueError("--model-card writes into a model's folder: give --model too")
+                results_table.require_cards(models)
+            files = [*results_table.TABLES, *(["report.html"] if report else [])]
+            files += [f"{name}/{SETTINGS}" for name in name_predictions(names)]
+            stack.enter_context(evaluation.held_by_main(folder, *files))
+        except USER_ERRORS as error:
+            fail(error)
+        try:
+            results = evaluation.evaluate_categories(
+                categories,
+                models,
+                folder,
+                protocol=protocol.value,
+                method=method.value,
+                at_model_size=at_model_size,
+                num_noise_samples=num_noise_samples,
+                batch_size=batch_size,
+                dtype=networks_dtype,
+                device=place,
+            )
+            if not results:  # another process computes the metrics
+                return
+            results_table.write_tables(results, folder, settings)
+            if report:
+                write_evaluation_report(results, title, folder, settings)
+            for line in results_table.markdown_table(results).splitlines():
+                console.print(line)
+            if model_card and models is not None:
+                at_own_size = not at_model_size and protocol is not Protocol.reference
+                size = "the pictures' own size" if at_own_size else "the model's size"
+                how = f"protocol {protocol.value}, at {size}, in {settings['dtype']}"
+                results_table.write_into_cards(results, models, title, how)
+        except (OutputError, MemoryError) as error:
+            fail(error, 1)
+        except TooFewJudgedError as error:
+            for failure in error.failures:
+                console.print(f"not judged: {failure}", style="yellow")
+            fail(error)
+        except USER_ERRORS as error:
+            fail(error)
+        except KeyboardInterrupt:
+            console.print("interrupted: what was predicted is kept; the same command goes on")
+            raise typer.Exit(130) from None
     for result in results:
-        console.print(f"{result.category}: {results_table.cost(result)}")
+        if result.rows:
+            console.print(f"{result.category}: {results_table.cost(result)}")
         for failure in result.failures:
             console.print(f"not judged: {failure}", style="yellow")
+        for failure in result.mask_failures:
+            console.print(f"not in the pixel metrics: {failure}", style="yellow")
     console.print(f"tables{' and report.html' if report else ''} are in {output}")
-    if any(result.failures for result in results):
+    if any(result.failures or result.mask_failures for result in results):
         raise typer.Exit(1)
 
 
@@ -320,8 +355,8 @@ def calibrate(
     """Set the thresholds of a model from good pictures.
 
     The model must not have been trained on them. Both thresholds go into the model's folder, and into its card. With n
-    pictures a rate of 1 / (n + 1) can be promised: 1 % takes 99 of them. Exit code: 0, 1 if a picture could not be
-    read, 2 for wrong usage or too few pictures.
+    pictures a rate of 1 / (n + 1) can be promised: 1 % takes 99 of them; the same picture again counts for nothing.
+    Exit code: 0, 1 if a picture could not be judged, 2 for wrong usage or too few pictures.
 
     \b
     diffusionad calibrate runs/mine more_good_pictures --false-positive-rate 0.02
@@ -333,6 +368,7 @@ def calibrate(
             raise ValueError(f"--false-positive-rate {false_positive_rate:g} must lie between 0 and 1, such as 0.01")
         if not model.is_dir():
             raise ValueError(f"{model} is no folder: give that of a pipeline, into which the thresholds are written")
+        require_editable(model / "model_index.json")
         result = calibrate_pipeline(
             _load(str(model), device),
             find_files(pictures),
@@ -340,20 +376,31 @@ def calibrate(
             false_positive_rate=false_positive_rate,
             max_pixels=max_pixels,
         )
-        for failure in result.failures:
-            console.print(f"left out: {failure}", style="yellow")
+    except TooFewJudgedError as error:
+        for sentence in error.failures:
+            console.print(f"left out: {sentence}", style="yellow")
+        fail(error)
+    except USER_ERRORS as error:
+        fail(error)
+    for sentence in [*result.failures, *result.duplicates]:
+        console.print(f"left out: {sentence}", style="yellow")
+    count = result.picture_count
+    text = describe_thresholds(
+        result.image_threshold, result.pixel_threshold, f"{count} good pictures", count, false_positive_rate
+    )
+    index = (model / "model_index.json").read_text(encoding="utf-8")
+    try:
         store_thresholds(model, result.image_threshold, result.pixel_threshold)
-        count = result.picture_count
-        text = describe_thresholds(
-            result.image_threshold, result.pixel_threshold, f"{count} good pictures", count, false_positive_rate
-        )
-        console.print(f"{model}: {text}")
         try:
             write_thresholds(model, text)
+        except OutputError:  # a full disk: both say the same, or neither
+            edit_file(model / "model_index.json", index)
+            raise
         except (FileNotFoundError, ValueError) as error:
             console.print(f"hint: its model card does not say so: {error}", style="yellow")
     except USER_ERRORS as error:
-        fail(error)
+        fail(error, 1)
+    console.print(f"{model}: {text}")
     if result.failures:
         raise typer.Exit(1)
 

@@ -123,7 +123,7 @@ def find_categories(path: PathLike, layout: str = "auto", category: str | None =
 
     found: dict[str, tuple[Path, str]] = {}
     if own := layout_of(root):
-        found = {shown(root.absolute().name): (root, own)}
+        found = {name_of(root): (root, own)}
     else:
         folders = [folder for folder in sorted(root.glob("*/")) if not is_hidden(folder.name)]
         found = {shown(f.name): (f, its) for f in folders if (its := layout_of(f))}
@@ -132,10 +132,15 @@ def find_categories(path: PathLike, layout: str = "auto", category: str | None =
     if not known and plain.is_dir() and layout in ("auto", "folder"):
         if layout == "auto":
             _refuse_remains(plain)
-        return {shown(plain.absolute().name): (plain, "folder")}
+        return {name_of(plain): (plain, "folder")}
     if category in (None, "all") and not found:
         raise ValueError(f"{root} is not laid out as {layout}, which has {LAYOUTS[layout].signature}")
     return {name: found[name] for name in _choose(root, list(found), category)}
+
+
+def name_of(folder: PathLike) -> str:
+    """A folder's own name, also where its path ends in `..`."""
+    return shown(os.path.basename(os.path.abspath(folder)))
 
 
 def _choose(root: PathLike, names: list[str], category: str | None) -> list[str]:

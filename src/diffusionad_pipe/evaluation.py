@@ -4,63 +4,44 @@ Predictions are stored picture by picture: an interrupted evaluation goes on whe
 work, and metrics are computed again without the model. Nothing is chosen here: no threshold, no checkpoint.
 """
 
-import hashlib
-import json
+import math
 import os
-import resource
-import sys
-import tempfile
+import re
 import time
 import warnings
-from collections.abc import Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import datasets
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image, ImageOps
 from sklearn.exceptions import UndefinedMetricWarning
-from tqdm.auto import tqdm
 
-from .acceleration import join_processes
-from .data import load_anomaly_dataset
-from .image_files import ImageFileError, open_cell, write_atomically
+from .acceleration import explained_out_of_memory, join_processes
+from .batch_failures import TooFewJudgedError, run_batch
+from .image_files import MAX_PIXELS, shown
 from .image_processor import DiffusionADImageProcessor
-from .masks import read_mask
 from .metrics import measure, rank_pixels
 from .metrics_streaming import StreamingAnomalyMetrics
 from .operating_points import rank
+from .output_folder import OutputError, OutputFolder, safe_name
 from .pipeline_diffusionad import DiffusionADPipeline
 from .prediction import fingerprint
+from .progress import tracked
 from .scored_pictures import check_pictures
+from .stored_predictions import SETTINGS, Prediction, StoredPredictions, name_predictions
+from .test_pictures import TestPictures, load_test_pictures
 
 PROTOCOLS = ("exact", "reference")
 Curve: TypeAlias = tuple[np.ndarray, np.ndarray]
 REFERENCE_TOP_K = 50  # pixels whose mean is the authors' image score
-
-
-class Prediction(NamedTuple):
-    """What a model said of one test picture.
-
-    Args:
-        score: image score.
-        anomaly_map: `[S, S]` float32 at the model's size.
-        reconstruction: `[S, S, 3]` uint8.
-        size: (height, width) of the picture in pixels.
-        seconds: its share of the time that its batch took in the pipeline.
-        memory: the most bytes that its process had held until then, of a GPU's memory where it ran on one.
-    """
-
-    score: float
-    anomaly_map: np.ndarray
-    reconstruction: np.ndarray
-    size: tuple[int, int]
-    seconds: float
-    memory: int
 
 
 class CategoryResult(NamedTuple):
@@ -71,9 +52,10 @@ class CategoryResult(NamedTuple):
         metrics: names of `METRIC_NAMES`; NaN where one is not defined.
         image_threshold: the model's, or None.
         rows: one for each picture that was judged: path, defect_type, label (0 good, 1 defective), score, decision and
-            index, its row in the test split.
-        unmasked: defective pictures without a usable mask, which the pixel metrics leave out.
-        failures: sentences on pictures that could not be read.
+            index, its row in the test split. Without any there are no metrics.
+        unmasked: pictures without a usable mask, which the pixel metrics leave out.
+        failures: sentences on pictures that could not be judged.
+        mask_failures: sentences on masks that cannot be used.
         remarks: sentences on what the metrics leave out, and on why one is not defined.
         f1_max_thresholds: `"image"` and `"pixel"` → the threshold of the largest F1, from which on a score counts as
             anomalous; NaN where it is not defined. It is chosen on test pictures: to describe, never to decide.
@@ -83,6 +65,8 @@ class CategoryResult(NamedTuple):
         roc: `"image"` and `"pixel"` → (false-positive rate, true-positive rate), thinned for drawing.
         precision_recall: the same → (recall, precision).
         pro: (false-positive rate, mean overlap of the regions).
+        pictures: that it was measured on.
+        predictions: that it was computed from.
     """
 
     category: str
@@ -91,6 +75,7 @@ class CategoryResult(NamedTuple):
     rows: list[dict[str, Any]]
     unmasked: int
     failures: list[str]
+    mask_failures: list[str]
     remarks: list[str]
     f1_max_thresholds: dict[str, float]
     seconds: float
@@ -99,73 +84,8 @@ class CategoryResult(NamedTuple):
     roc: dict[str, Curve]
     precision_recall: dict[str, Curve]
     pro: Curve
-
-
-class TestPictures:
-    """The test pictures of one category, opened when they are asked for.
-
-    Args:
-        split: the split `test` of [`load_anomaly_dataset`].
-        category: whose pictures.
-    """
-
-    __test__ = False  # pytest takes it for a test
-
-    def __init__(self, split: datasets.Dataset, category: str) -> None:
-        self.category = category
-        self.indices = [index for index, name in enumerate(split["category"]) if name == category]
-        rows = split.select(self.indices)
-        self.paths, self.labels, self.defect_types = rows["path"], rows["label"], rows["defect_type"]
-        self.cells = rows.cast_column("image", datasets.Image(decode=False)).cast_column(
-            "mask", datasets.Image(decode=False)
-        )
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @cached_property
-    def digest(self) -> str:
-        """A hash of the files' contents, wherever they lie: stored predictions of other pictures are worth nothing."""
-        digest = hashlib.sha256()
-        for cell in self.cells["image"]:
-            try:
-                content = Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
-            except OSError:  # said when the picture is to be judged
-                content = b""
-            digest.update(hashlib.sha256(content).digest())
-        return digest.hexdigest()
-
-    def picture(self, index: int) -> Image.Image:
-        """Decoded; raises ImageFileError."""
-        return open_cell(self.cells[index]["image"], self.paths[index])
-
-    def mask(self, index: int, size: tuple[int, int]) -> np.ndarray | None:
-        """Booleans `[h, w]`: nothing for a good picture; None where nobody marked the defect of a defective one, so
-        that nothing is known of its pixels and calling them all good would be wrong; raises ValueError for another
-        size."""
-        cell = self.cells[index]["mask"]
-        if cell is None:
-            return None if self.labels[index] else np.zeros(size, dtype=bool)
-        mask = read_mask(cell, f"the mask of {self.paths[index]}")
-        if mask.shape != size:
-            (height, width), (own_height, own_width) = size, mask.shape
-            raise ValueError(
-                f"{self.paths[index]} has {width} x {height} pixels and its mask {cell['path']} {own_width} x "
-                f"{own_height}; make the mask again at the picture's size"
-            )
-        return None if self.labels[index] and not mask.any() else mask
-
-
-def load_test_pictures(data: str | os.PathLike[str], category: str | None) -> list[TestPictures]:
-    """The test pictures of each category that has some; arguments and errors as of [`evaluate`]."""
-    splits = load_anomaly_dataset(data, category=category)
-    if "test" not in splits:
-        raise ValueError(f"{data} has no test pictures, only good ones to train on: add test/good and test/<defect>")
-    tested = set(splits["test"]["category"])
-    untested = sorted({name for rows in splits.values() for name in rows.unique("category")} - tested)
-    if untested:
-        warnings.warn(f"without test pictures, and so not measured: {', '.join(untested)}", stacklevel=1)
-    return [TestPictures(splits["test"], name) for name in sorted(tested)]
+    pictures: TestPictures
+    predictions: StoredPredictions
 
 
 def evaluate(
@@ -181,6 +101,7 @@ def evaluate(
     batch_size: int = 8,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> list[CategoryResult]:
     """Predict every test picture and compute the metrics of each category.
 
@@ -201,39 +122,121 @@ def evaluate(
         batch_size: pictures in one pass.
         dtype: of the networks; predictions of another one are made anew.
         device: None takes a GPU where there is one.
+        max_pixels: pictures and masks of more are refused before they are decoded.
 
     Returns:
-        One result a category; none in the processes that are not the main one.
+        One result a category; none in the processes that are not the main one. A category whose model cannot be loaded,
+        or of whose pictures none could be judged, has no metrics.
 
     Raises:
-        ValueError: names what is missing, what cannot be written to, or the pictures that the networks give NaN for.
+        OutputError: when `output` cannot be written to, or another run writes into it.
+        TooFewJudgedError: when none of all pictures could be judged.
+        ValueError: names what is missing.
+    """
+    join_processes()
+    categories = load_test_pictures(data, category, max_pixels)
+    models = None if model is None else find_models(model, [pictures.category for pictures in categories])
+    return evaluate_categories(
+        categories,
+        models,
+        OutputFolder(output, "evaluate"),
+        protocol=protocol,
+        method=method,
+        at_model_size=at_model_size,
+        num_noise_samples=num_noise_samples,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def evaluate_categories(
+    categories: Sequence[TestPictures],
+    models: Sequence[str] | None,
+    folder: OutputFolder,
+    *,
+    protocol: str = "exact",
+    method: Literal["exact", "streaming"] = "exact",
+    at_model_size: bool = False,
+    num_noise_samples: int = 1,
+    batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> list[CategoryResult]:
+    """[`evaluate`] for pictures and models that have been found.
+
+    Args:
+        categories: of [`load_test_pictures`].
+        models: of [`find_models`]; None computes the metrics anew from the predictions in `folder`.
+        folder: for the predictions.
+        protocol, method, at_model_size, num_noise_samples, batch_size, dtype, device: as of [`evaluate`].
     """
     state = join_processes()
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be {' or '.join(PROTOCOLS)}, not {protocol!r}")
-    categories = load_test_pictures(data, category)
-    _require_writable(Path(output))
-    if model is not None:
-        models = find_models(model, [pictures.category for pictures in categories])
-        pipe = None
-        for pictures, path in zip(categories, models):
-            if pipe is None or len(set(models)) > 1:
-                pipe = DiffusionADPipeline.from_pretrained(path, dtype=dtype).to(device or state.device)
-                pipe.set_progress_bar_config(disable=True)
-            folder = Path(output) / "predictions" / pictures.category
-            predict_category(pipe, pictures, folder, protocol, num_noise_samples, batch_size)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return []
+    names = name_predictions([pictures.category for pictures in categories])
+    several = len(set(models or ())) > 1
+    pipe = None
     results = []
-    for pictures in categories:
-        folder = Path(output) / "predictions" / pictures.category
-        results.append(measure_category(pictures, folder, protocol, method, at_model_size))
+    with held_by_main(folder, *(f"{name}/{SETTINGS}" for name in names)):
+        stored = [StoredPredictions(folder, name) for name in names]
+        outcomes: list[dict[int, str] | str] = [{} for _ in categories]
+        for place, path in enumerate(models or ()):
+            if pipe is None or several:
+                try:
+                    pipe = DiffusionADPipeline.from_pretrained(path, dtype=dtype).to(device or state.device)
+                except (OSError, ValueError) as error:
+                    if not several:
+                        raise
+                    outcomes[place] = f"{categories[place].category}: its model cannot be loaded: {error}"
+                    continue
+                pipe.set_progress_bar_config(disable=True)
+            outcomes[place] = predict_category(
+                pipe, categories[place], stored[place], protocol, num_noise_samples, batch_size
+            )
+        if not state.is_main_process:
+            return []
+        folder.read_record()
+        for pictures, predictions, outcome in zip(categories, stored, outcomes):
+            if isinstance(outcome, str):
+                results.append(unmeasured(pictures, predictions, [outcome]))
+            else:
+                results.append(measure_category(pictures, predictions, protocol, method, at_model_size, outcome))
+    if not any(result.rows for result in results):
+        sentences = [sentence for result in results for sentence in result.failures]
+        raise TooFewJudgedError("none of the test pictures could be judged, so nothing was measured", sentences)
     return results
+
+
+@contextmanager
+def held_by_main(folder: OutputFolder, *names: str) -> Iterator[None]:
+    """Let no other run write into a folder: the main process has its lock, and where it cannot get it all fail.
+
+    Args:
+        folder: of the output.
+        names: files in it that are going to be written.
+
+    Raises:
+        OutputError: in every process.
+    """
+    error = None
+    with ExitStack() as stack:
+        if PartialState().is_main_process:
+            try:
+                stack.enter_context(folder)
+                folder.require_free(*names)
+            except OutputError as caught:
+                error = str(caught)
+        (error,) = broadcast_object_list([error])
+        if error is not None:
+            raise OutputError(error)
+        yield
 
 
 def find_models(model: str | os.PathLike[str], categories: Sequence[str]) -> list[str]:
     """The pipeline of each category: one for all of them, or the sub-folder of the category's name.
+
+    A category is text, which may hold slashes: a sub-folder is the category's where both give the same [`safe_name`].
 
     Raises:
         ValueError: names every category without a pipeline.
@@ -241,23 +244,31 @@ def find_models(model: str | os.PathLike[str], categories: Sequence[str]) -> lis
     folder = Path(model)
     if not folder.is_dir() or (folder / "model_index.json").is_file():
         return [os.fspath(model)] * len(categories)
-    missing = [name for name in categories if not (folder / name / "model_index.json").is_file()]
+    pipelines = {
+        safe_name(shown(entry.name)): entry for entry in folder.iterdir() if (entry / "model_index.json").is_file()
+    }
+    missing = [name for name in categories if safe_name(name) not in pipelines]
     if missing:
-        raise ValueError(f"{folder} is neither a pipeline nor has it one for {', '.join(missing)}: train them first")
-    return [os.fspath(folder / name) for name in categories]
+        folders = [f"{name} (as {safe_name(name)})" if safe_name(name) != name else name for name in missing]
+        raise ValueError(f"{folder} is neither a pipeline nor has it one for {', '.join(folders)}: train them first")
+    return [os.fspath(pipelines[safe_name(name)]) for name in categories]
 
 
 def predict_category(
     pipe: DiffusionADPipeline,
     pictures: TestPictures,
-    folder: Path,
+    predictions: StoredPredictions,
     protocol: str,
     num_noise_samples: int,
     batch_size: int,
-) -> None:
+) -> dict[int, str]:
     """Store a [`Prediction`] of every picture. Those that another run left are kept if it would give the same.
 
-    Batches are the same whoever computes them, since in batches of other sizes the last bits differ.
+    Batches are the same whoever computes them, since in batches of other sizes the last bits differ: one of which a
+    prediction is missing is computed whole.
+
+    Returns:
+        Index of a picture → why it could not be judged, of all processes.
     """
     state = PartialState()
     settings = {
@@ -267,114 +278,134 @@ def predict_category(
         "batch_size": batch_size,
         "device": pipe.device.type,
     }
-    stored = folder / "settings.json"
+    contents: dict[int, str] = {}  # each once, with the first picture that has it
     if state.is_main_process:
-        settings["pictures"] = pictures.digest
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
-        if {name: kept.get(name) for name in settings} != settings:
-            for old in folder.glob("[0-9]*.*"):
-                old.unlink()
-        text = json.dumps(
-            settings | {name: pipe.config[name] for name in ("image_threshold", "pixel_threshold")}, indent=1
-        )
-        write_atomically(stored, lambda path: path.write_text(text, encoding="utf-8"))
-    state.wait_for_everyone()
+        predictions.begin(settings, {name: pipe.config[name] for name in ("image_threshold", "pixel_threshold")})
+        first = {content: index for index, content in reversed(list(enumerate(pictures.contents)))}
+        contents = {index: content for content, index in reversed(first.items()) if content is not None}
+    contents, predictions.settings = broadcast_object_list([contents, predictions.settings])
+    if not state.is_main_process:
+        predictions.folder.read_record()
 
-    starts = range(0, len(pictures), batch_size)[state.process_index :: state.num_processes]
-    for start in tqdm(starts, desc=pictures.category, unit="batch", disable=not state.is_main_process):
-        batch = range(start, min(start + batch_size, len(pictures)))
-        if all(_stored(folder, index).is_file() for index in batch):
+    failures: dict[int, str] = {}
+    indices = sorted(contents)
+    starts = range(0, len(indices), batch_size)[state.process_index :: state.num_processes]
+    for start in tracked(starts, pictures.category, "batch", shown=state.is_main_process):
+        batch = indices[start : start + batch_size]
+        missing = [index for index in batch if predictions.read(contents[index]) is None]
+        if not missing:
             continue
-        readable: dict[int, tuple[int, int]] = {}
-        tensors = []
+        prepared: dict[int, tuple[torch.Tensor, tuple[int, int]]] = {}
         for index in batch:
-            failure = _stored(folder, index).with_suffix(".txt")
-            failure.unlink(missing_ok=True)
             try:
-                tensor, readable[index] = _preprocess(pictures.picture(index), pipe.config.image_size, protocol)
-                tensors.append(tensor)
-            except (ImageFileError, ValueError) as error:
-                failure.write_text(f"{error}", encoding="utf-8")
-        if not readable:
+                prepared[index] = _preprocess(pictures.picture(index), pipe.config.image_size, protocol)
+            except ValueError as error:
+                failures[index] = str(error)
+                continue
+            if pictures.content(index) != contents[index]:
+                del prepared[index]
+                failures[index] = f"{pictures.paths[index]}: it was changed while it was read; run the command again"
+        if not prepared:
             continue
-        started = time.perf_counter()
-        try:
-            output = pipe(
-                torch.cat(tensors), output_type="pt", num_noise_samples=num_noise_samples, batch_size=len(readable)
-            )
-        except ValueError as error:  # which pictures, it cannot know
-            raise ValueError(f"{', '.join(pictures.paths[index] for index in readable)}: {error}") from error
-        seconds = (time.perf_counter() - started) / len(readable)
-        scores = output.anomaly_scores
-        if protocol == "reference":
-            scores = output.anomaly_maps.flatten(1).topk(REFERENCE_TOP_K).values.mean(1)
-        for row, (index, size) in enumerate(readable.items()):
-            arrays = Prediction(
-                score=scores[row].item(),
-                anomaly_map=output.anomaly_maps[row, 0].numpy(),
-                reconstruction=(output.reconstructions[row].permute(1, 2, 0) * 255).round().byte().numpy(),
-                size=size,
-                seconds=seconds,
-                memory=peak_memory(pipe.device),
-            )._asdict()
-            write_atomically(_stored(folder, index), partial(np.savez, allow_pickle=False, **arrays))
+
+        predict = partial(_predict, pipe, prepared, protocol, num_noise_samples)
+        for index, result in zip(prepared, run_batch(predict, list(prepared))):
+            if isinstance(result, ValueError):
+                failures[index] = f"{pictures.paths[index]}: {result}"
+            elif index in missing:
+                predictions.write(contents[index], result)
+    return dict(gather_object(list(failures.items())))
 
 
-def read_prediction(folder: Path, index: int) -> Prediction:
-    """The stored [`Prediction`] of one picture of a category."""
-    with np.load(_stored(folder, index), allow_pickle=False) as arrays:
-        values = {name: arrays[name] for name in Prediction._fields}
-    return Prediction(
-        score=float(values["score"]),
-        anomaly_map=values["anomaly_map"],
-        reconstruction=values["reconstruction"],
-        size=(int(values["size"][0]), int(values["size"][1])),
-        seconds=float(values["seconds"]),
-        memory=int(values["memory"]),
-    )
+def _predict(
+    pipe: DiffusionADPipeline,
+    prepared: Mapping[int, tuple[torch.Tensor, tuple[int, int]]],
+    protocol: str,
+    num_noise_samples: int,
+    batch: Sequence[int],
+) -> list[Prediction]:
+    """The predictions of some of the prepared pictures in one pass of the networks."""
+    started = time.perf_counter()
+    tensors = torch.cat([prepared[index][0] for index in batch])
+    with explained_out_of_memory(f"batch_size={len(batch)} (--batch-size)", "a lower one"):
+        output = pipe(tensors, output_type="pt", num_noise_samples=num_noise_samples, batch_size=len(batch))
+    seconds = (time.perf_counter() - started) / len(batch)
+    scores = output.anomaly_scores
+    if protocol == "reference":
+        scores = output.anomaly_maps.flatten(1).topk(REFERENCE_TOP_K).values.mean(1)
+    return [
+        Prediction(
+            score=scores[row].item(),
+            anomaly_map=output.anomaly_maps[row, 0].numpy(),
+            reconstruction=(output.reconstructions[row].permute(1, 2, 0) * 255).round().byte().numpy(),
+            size=prepared[index][1],
+            seconds=seconds,
+            memory=peak_memory(pipe.device),
+        )
+        for row, index in enumerate(batch)
+    ]
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of the GPU's memory where `device` is one, else resident."""
+    """The most bytes that this process has held: of the GPU's memory where `device` is one, else resident.
+
+    Where the system keeps no record of the most (macOS), what it holds now.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/status")
+    most = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8")) if status.is_file() else None
+    if most is not None:
+        return int(most[1]) * 1024
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss)
 
 
 def measure_category(
-    pictures: TestPictures, folder: Path, protocol: str, method: Literal["exact", "streaming"], at_model_size: bool
+    pictures: TestPictures,
+    predictions: StoredPredictions,
+    protocol: str,
+    method: Literal["exact", "streaming"],
+    at_model_size: bool,
+    failed: Mapping[int, str],
 ) -> CategoryResult:
-    """Metrics of one category from its stored predictions; arguments as of [`evaluate`].
+    """Metrics of one category from its stored predictions.
+
+    Args:
+        pictures: of the category.
+        predictions: of them.
+        protocol, method, at_model_size: as of [`evaluate`].
+        failed: index of a picture → why it could not be judged, of [`predict_category`].
 
     Raises:
         ValueError: when predictions are missing.
     """
-    settings_file = folder / "settings.json"
-    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
-    if settings.get("protocol") != protocol:
+    folder = predictions.folder.path / predictions.name
+    if predictions.settings.get("protocol") != protocol:
         raise ValueError(f"{folder} has no predictions under the protocol {protocol}: give the model")
-    if settings["pictures"] != pictures.digest:
-        raise ValueError(f"{folder} has predictions of other pictures than these test pictures: give the model")
-    threshold = settings["image_threshold"]
+    threshold = predictions.settings["thresholds"]["image_threshold"]
     processor = DiffusionADImageProcessor()
     reference = protocol == "reference"
     streaming = StreamingAnomalyMetrics() if method == "streaming" and not reference else None
     rows: list[dict[str, Any]] = []
     maps: list[np.ndarray] = []
     masks: list[np.ndarray | None] = []
-    failures, seconds, memory = [], [], 0
+    failures: list[str] = []
+    mask_failures: list[str] = []
+    seconds, memory = [], 0
     unmasked, metrics_seconds = 0, 0.0
     for index, path in enumerate(pictures.paths):
-        failure = _stored(folder, index).with_suffix(".txt")
-        if failure.is_file():
-            failures.append(failure.read_text(encoding="utf-8"))
+        content = pictures.contents[index]
+        prediction = None if content is None else predictions.read(content)
+        if prediction is None:
+            failures.append(failed.get(index) or _failure(pictures, index, failed, folder))
             continue
-        if not _stored(folder, index).is_file():
-            raise ValueError(f"{folder} has no prediction for {path}: give the model to go on")
-        prediction = read_prediction(folder, index)
         anomaly_map = torch.from_numpy(prediction.anomaly_map)[None, None]  # [1, 1, S, S]
-        mask = pictures.mask(index, prediction.size)
+        try:
+            mask = pictures.mask(index, prediction.size)
+        except ValueError as error:
+            mask = None
+            mask_failures.append(str(error))
         if reference or at_model_size:
             size = prediction.anomaly_map.shape
             if mask is not None:
@@ -398,15 +429,20 @@ def measure_category(
         seconds.append(prediction.seconds)
         memory = max(memory, prediction.memory)
     if not rows:
-        raise ValueError(f"none of the {len(failures)} test pictures of {pictures.category} could be read")
+        return unmeasured(pictures, predictions, failures)
     scores, labels = np.array([row["score"] for row in rows]), np.array([row["label"] for row in rows], dtype=bool)
     remarks = []
-    if unmasked:
+    if unmasked > len(mask_failures):
         remarks.append(
-            f"{unmasked} of {len(rows)} pictures are defective without a usable mask: not in the pixel metrics"
+            f"{unmasked - len(mask_failures)} of {len(rows)} pictures are defective without a usable mask: not in the "
+            "pixel metrics"
+        )
+    if mask_failures:
+        remarks.append(
+            f"{len(mask_failures)} of {len(rows)} pictures have a mask that cannot be used: not in the pixel metrics"
         )
     if failures:
-        remarks.append(f"{len(failures)} of {len(pictures)} test pictures could not be read: not in any metric")
+        remarks.append(f"{len(failures)} of {len(pictures)} test pictures could not be judged: not in any metric")
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UndefinedMetricWarning)
@@ -430,6 +466,7 @@ def measure_category(
         rows=rows,
         unmasked=unmasked,
         failures=failures,
+        mask_failures=mask_failures,
         remarks=remarks,
         f1_max_thresholds={name: its.f1_max_threshold() for name, its in points.items()},
         seconds=float(np.median(seconds)),
@@ -438,20 +475,52 @@ def measure_category(
         roc=roc,
         precision_recall=precision_recall,
         pro=pixels.pro_curve(),
+        pictures=pictures,
+        predictions=predictions,
     )
 
 
-def _require_writable(folder: Path) -> None:
-    """Fail before hours of work rather than after them."""
+def unmeasured(pictures: TestPictures, predictions: StoredPredictions, failures: list[str]) -> CategoryResult:
+    """The result of a category of which no picture could be judged, for these reasons."""
+    nothing = (np.empty(0), np.empty(0))
+    return CategoryResult(
+        category=pictures.category,
+        metrics={},
+        image_threshold=None,
+        rows=[],
+        unmasked=0,
+        failures=failures,
+        mask_failures=[],
+        remarks=[f"not measured: none of its {len(pictures)} test pictures could be judged"],
+        f1_max_thresholds={},
+        seconds=math.nan,
+        metrics_seconds=0,
+        memory=0,
+        roc={},
+        precision_recall={},
+        pro=nothing,
+        pictures=pictures,
+        predictions=predictions,
+    )
+
+
+def _failure(pictures: TestPictures, index: int, failed: Mapping[int, str], folder: Path) -> str:
+    """Why a picture has no prediction, if not for want of a model.
+
+    Raises:
+        ValueError: when it is for that.
+    """
+    path, content = pictures.paths[index], pictures.contents[index]
+    for other in failed:
+        if content is not None and pictures.contents[other] == content:
+            return f"{path}: the same picture as {pictures.paths[other]}, which could not be judged"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written to ({error.strerror}): choose another output folder") from error
-
-
-def _stored(folder: Path, index: int) -> Path:
-    return folder / f"{index:06d}.npz"
+        pictures.picture(index)
+    except ValueError as error:
+        return str(error)
+    if content is None:
+        return f"{path}: it could not be read before; run the command again"
+    raise ValueError(f"{folder} has no prediction for {path}: give the model to go on")
 
 
 def _preprocess(picture: Image.Image, side: int, protocol: str) -> tuple[torch.Tensor, tuple[int, int]]:

@@ -1,58 +1,60 @@
 """The report of an evaluation: its curves, and a gallery of pictures that are drawn again from stored predictions."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .evaluation import CategoryResult, Prediction, TestPictures, load_test_pictures, read_prediction
-from .image_files import PathLike
+from .evaluation import CategoryResult
 from .image_processor import DiffusionADImageProcessor
 from .model_card import METRIC_NAMES
+from .output_folder import OutputFolder
 from .report import CategoryReport, GalleryPicture, choose_gallery, write_report
 from .results_table import cost
 
 
 def write_evaluation_report(
-    results: Sequence[CategoryResult],
-    data: PathLike,
-    category: str | None,
-    output: Path,
-    configuration: Mapping[str, object],
+    results: Sequence[CategoryResult], name: str, folder: OutputFolder, configuration: Mapping[str, object]
 ) -> None:
     """Write `report.html`.
 
     Args:
-        results, data, category, output: what [`evaluate`] gave and was given.
+        results: what [`evaluate`] gave; categories that were not measured are left out.
+        name: of the dataset.
+        folder: that the evaluation writes into.
         configuration: what was run, shown as it is.
     """
-    reports = [
-        category_report(result, pictures, output / "predictions" / result.category)
-        for result, pictures in zip(results, load_test_pictures(data, category))
-    ]
-    name = os.path.basename(os.path.abspath(data))
-    costs = {"times and memory": {result.category: cost(result) for result in results}}
-    write_report(output / "report.html", f"DiffusionAD on {name}", reports, {**configuration, **costs})
+    measured = [result for result in results if result.rows]
+    costs = {"times and memory": {result.category: cost(result) for result in measured}}
+    report = partial(
+        write_report,
+        title=f"DiffusionAD on {name}",
+        categories=[category_report(result) for result in measured],
+        configuration={**configuration, **costs},
+    )
+    folder.write("report.html", report)
 
 
-def category_report(result: CategoryResult, pictures: TestPictures, folder: Path) -> CategoryReport:
-    """The report of one category, from its stored predictions in `folder`."""
+def category_report(result: CategoryResult) -> CategoryReport:
+    """The report of one category, from its pictures and stored predictions.
+
+    Those that can no longer be read, or are others now, are left out of the gallery.
+    """
     scores, labels = ([row[name] for row in result.rows] for name in ("score", "label"))
-    pixel_threshold = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["pixel_threshold"]
     groups = choose_gallery(scores, labels, result.image_threshold)
-    gallery = [
-        _draw(group, result.rows[position]["index"], pictures, folder, pixel_threshold)
-        for group, positions in groups.items()
-        for position in positions
-    ]
+    chosen = [(group, result.rows[position]["index"]) for group, positions in groups.items() for position in positions]
+    drawn = [_draw(group, index, result) for group, index in chosen]
+    gallery = [picture for picture in drawn if picture is not None]
+    remarks = list(result.remarks)
+    if len(gallery) < len(drawn):
+        remarks.append(f"{len(drawn) - len(gallery)} pictures are not shown: they are no longer what was judged")
     return CategoryReport(
         name=result.category,
         metrics={name: value for name, value in result.metrics.items() if name in METRIC_NAMES},
-        remarks=result.remarks,
+        remarks=remarks,
         image_threshold=result.image_threshold,
         scores=scores,
         labels=labels,
@@ -69,17 +71,26 @@ def category_report(result: CategoryResult, pictures: TestPictures, folder: Path
     )
 
 
-def _draw(
-    group: str, index: int, pictures: TestPictures, folder: Path, pixel_threshold: float | None
-) -> GalleryPicture:
-    prediction: Prediction = read_prediction(folder, index)
+def _draw(group: str, index: int, result: CategoryResult) -> GalleryPicture | None:
+    pictures = result.pictures
+    content = pictures.content(index)
+    prediction = None if content is None else result.predictions.read(content)
+    if prediction is None:
+        return None
     processor = DiffusionADImageProcessor()
-    picture = pictures.picture(index)
-    shown = processor.postprocess(processor.preprocess(picture, *prediction.size)[0], "pil")[0]  # RGB, upright
+    try:
+        picture = processor.preprocess(pictures.picture(index), *prediction.size)[0]  # upright
+    except ValueError:
+        return None
+    try:
+        mask = pictures.mask(index, prediction.size)
+    except ValueError:  # said with the metrics
+        mask = None
+    shown = processor.postprocess(picture, "pil")[0]  # RGB
     anomaly_map = processor.resize_to(torch.from_numpy(prediction.anomaly_map)[None, None], [prediction.size])[0][
         0
     ].numpy()
-    mask = pictures.mask(index, prediction.size)
+    pixel_threshold = result.predictions.settings["thresholds"]["pixel_threshold"]
     path = Path(pictures.paths[index])
     return GalleryPicture(
         group=group,

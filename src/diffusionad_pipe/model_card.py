@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .calibration import smallest_rate
-from .image_files import write_atomically
+from .output_folder import edit_file
 from .shipped_files import find_shipped
 
 NO_RESULTS = "Not measured on test pictures yet."
@@ -157,6 +157,22 @@ def write_thresholds(folder: str | os.PathLike[str], text: str) -> None:
     _save(folder, card)
 
 
+def require_section(folder: str | os.PathLike[str], title: str) -> None:
+    """Fail before a measurement where its result could not be put into the model card.
+
+    Args:
+        folder: the pipeline's folder.
+        title: of the section that is going to be replaced.
+
+    Raises:
+        ValueError: when there is no card, or no such section in it.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such model card to put results into; add one, or leave out --model-card")
+    _replace_section(folder, ModelCard.load(path, ignore_metadata_errors=True), title, "")
+
+
 def write_results(
     folder: str | os.PathLike[str], metrics: Mapping[str, Mapping[str, float]], table: str, source: str
 ) -> None:
@@ -229,4 +245,4 @@ def _replace_section(folder: str | os.PathLike[str], card: ModelCard, title: str
 
 def _save(folder: str | os.PathLike[str], card: ModelCard) -> None:
     text = re.sub("\n{3,}", "\n\n", str(card)).rstrip("\n") + "\n"  # what the template leaves out leaves gaps
-    write_atomically(Path(folder) / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+    edit_file(Path(folder) / "README.md", text)

@@ -11,9 +11,10 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import unicodedata
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -182,8 +183,27 @@ class OutputFolder:
         return place
 
     def write_text(self, name: str, text: str) -> Path:
-        """[`write`] for a text in UTF-8."""
-        return self.write(name, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
+        """[`write`] for a text in UTF-8; what is no Unicode in it is escaped, as in JSON."""
+        return self.write(
+            name, lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        )
+
+    def write_together(self, writers: Mapping[str, Callable[[Path], object]]) -> None:
+        """[`write`] for files that belong together: where one of them cannot be written, none is replaced.
+
+        Args:
+            writers: name -> what writes it, for each file.
+
+        Raises:
+            OutputError: as of [`write`].
+        """
+        self.require_free(*writers)
+        with self._explained(self.path), self.temporary() as folder:
+            for name, write in writers.items():
+                temporary = folder / PurePosixPath(name)
+                temporary.parent.mkdir(parents=True, exist_ok=True)
+                write(temporary)
+            self.move_in(folder)
 
     def write_tree(self, name: str, write: Callable[[Path], object]) -> Path:
         """Write a folder with all that is in it, which appears as a whole. One of that name must not be there.
@@ -377,7 +397,10 @@ def write_file(
 def edit_file(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file anew that the user has asked to change, whoever wrote it: a model's card, say.
 
-    It is ours afterwards only if it was before.
+    It is ours afterwards only if it was before. In the text, what is no Unicode is escaped.
+
+    Raises:
+        OutputError: when it cannot be written; it is as it was.
     """
     path = Path(os.path.abspath(path))
     for writer in {content.writer for content in read_record(path.parent).get(path.name, ())}:
@@ -387,10 +410,27 @@ def edit_file(path: str | os.PathLike[str], text: str) -> None:
             return
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
         os.replace(temporary, path)
+    except OSError as error:
+        cure = CURES.get(error.errno or errno.ENOSPC, "change the permissions of its folder")
+        raise OutputError(f"{path} cannot be written ({error.strerror or error}): {cure}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def require_editable(path: str | os.PathLike[str]) -> None:
+    """Fail before the work rather than after it, where [`edit_file`] would.
+
+    Raises:
+        OutputError: names the file.
+    """
+    try:
+        tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))).close()
+    except OSError as error:
+        cure = CURES.get(error.errno or errno.ENOSPC, "change the permissions of its folder")
+        raise OutputError(f"{path} cannot be written ({error.strerror or error}): {cure}") from error
 
 
 def safe_name(text: str, longest: int = LONGEST_TEXT) -> str:

@@ -18,7 +18,7 @@ from skimage.measure import approximate_polygon
 from sklearn.metrics import roc_auc_score
 
 from .colours import COLOUR_SCALE
-from .image_files import PathLike, write_atomically
+from .image_files import PathLike
 from .metrics import f1_max
 from .model_card import METRIC_NAMES
 
@@ -166,7 +166,7 @@ def write_report(
         colours=[f"#{colour}" for colour in COLOUR_SCALE.split()],
     )
     # Names of files need not be valid Unicode.
-    write_atomically(path, lambda temporary: temporary.write_text(html, encoding="utf-8", errors="backslashreplace"))
+    Path(path).write_text(html, encoding="utf-8", errors="backslashreplace")
 
 
 def _metric(value: float) -> str:

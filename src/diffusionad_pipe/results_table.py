@@ -3,16 +3,18 @@
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .evaluation import CategoryResult, find_models
-from .image_files import write_atomically
+from .evaluation import CategoryResult
 from .metrics import mean_metrics
-from .model_card import METRIC_NAMES, write_results
+from .model_card import METRIC_NAMES, require_section, write_results
+from .output_folder import OutputFolder
 
 MEAN = "mean"
+TABLES = ("results.md", "results.json", "results.csv", "scores.csv")
 
 # Categories by which a benchmark is known.
 BENCHMARKS = {
@@ -80,7 +82,7 @@ def markdown_table(results: Sequence[CategoryResult]) -> str:
     def line(first: str, good: object, defective: object, metrics: dict[str, Any]) -> str:
         values = [metrics.get(name, math.nan) for name in names]
         cells = ["–" if math.isnan(value) else f"{value:.4f}" for value in values]
-        return " | ".join(["", first, str(good), str(defective), *cells, ""]).strip()
+        return " | ".join(["", _cell(first), str(good), str(defective), *cells, ""]).strip()
 
     titles = ["category", "good", "defective"] + [METRIC_NAMES[name] for name in names]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
@@ -90,7 +92,7 @@ def markdown_table(results: Sequence[CategoryResult]) -> str:
     text = "\n".join(lines) + "\n"
     if published:
         text += "\nPublished figures are of the benchmark's full test set and of the paper's full-size networks.\n"
-    remarks = [f"- {result.category}: {remark}" for result in results for remark in result.remarks]
+    remarks = [f"- {_cell(result.category)}: {remark}" for result in results for remark in result.remarks]
     if len(results) > 1:
         undefined = {name: sum(math.isnan(result.metrics.get(name, 0)) for result in results) for name in names}
         counts = [f"{METRIC_NAMES[name]} ({count})" for name, count in undefined.items() if count]
@@ -107,63 +109,92 @@ def cost(result: CategoryResult) -> str:
     )
 
 
-def write_tables(results: Sequence[CategoryResult], output: Path, settings: dict[str, Any]) -> None:
-    """Write `results.md`, `results.csv`, `results.json` and, a row a picture, `scores.csv`.
+def write_tables(results: Sequence[CategoryResult], folder: OutputFolder, settings: dict[str, Any]) -> None:
+    """Write `results.md`, `results.csv`, `results.json` and, a row a picture, `scores.csv`: all of them or none.
+
+    In a name that is no Unicode, what is none is escaped.
 
     Args:
         results: of [`evaluate`].
-        output: an existing folder.
+        folder: that the evaluation writes into.
         settings: how it was measured, for the JSON file.
     """
     rows = result_rows(results)
     columns = ["category", "good", "defective"] + [name for name in METRIC_NAMES if any(name in row for row in rows)]
     scores = [{"category": result.category} | row for result in results for row in result.rows]
-    measured = {
-        result.category: {
+    measured = [
+        {
             "remarks": result.remarks,
-            "f1_max_thresholds": {k: None if math.isnan(v) else v for k, v in result.f1_max_thresholds.items()},
+            "f1_max_thresholds": _without_nan(result.f1_max_thresholds),
             "seconds_per_picture": result.seconds,
             "seconds_for_metrics": result.metrics_seconds,
             "peak_memory_bytes": result.memory,
         }
         for result in results
-    }
-    # JSON has no NaN.
-    plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
-    plain = [row | measured.get(str(row["category"]), {}) for row in plain]
+    ]
+    plain = [_without_nan(row | its) for row, its in zip(rows, [*measured, {}])]
     text = json.dumps({"settings": settings, "results": plain}, indent=1, ensure_ascii=False)
-    write_atomically(output / "results.md", lambda path: path.write_text(markdown_table(results), encoding="utf-8"))
-    write_atomically(output / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
-    write_atomically(output / "results.csv", lambda path: _write_csv(path, columns, rows))
     score_columns = ["category", "path", "defect_type", "label", "score", "decision"]
-    write_atomically(output / "scores.csv", lambda path: _write_csv(path, score_columns, scores))
+    folder.write_together(
+        {
+            "results.md": partial(_write_text, text=markdown_table(results)),
+            "results.json": partial(_write_text, text=text),
+            "results.csv": partial(_write_csv, columns=columns, rows=rows),
+            "scores.csv": partial(_write_csv, columns=score_columns, rows=scores),
+        }
+    )
 
 
-def write_into_cards(results: Sequence[CategoryResult], model: str | None, data: str, how: str) -> None:
+def require_cards(models: Sequence[str]) -> None:
+    """Fail before the work where [`write_into_cards`] would after it.
+
+    Args:
+        models: of [`find_models`].
+
+    Raises:
+        ValueError: when one is no folder, or has no card with a section for results.
+    """
+    for model in dict.fromkeys(models):
+        if not Path(model).is_dir():
+            raise ValueError(f"--model-card writes into a model's folder, and {model} is none: give the folder")
+        require_section(model, "Results")
+
+
+def write_into_cards(results: Sequence[CategoryResult], models: Sequence[str], data: str, how: str) -> None:
     """Put results into the README.md of the model's folder, or of each category's model.
 
     Args:
         results: of [`evaluate`].
-        model: as [`evaluate`] had it.
+        models: of [`find_models`].
         data: name of the dataset.
         how: completes "Measured with `diffusionad evaluate`, ...".
-
-    Raises:
-        ValueError: when there is no folder to write to.
     """
-    if model is None or not Path(model).is_dir():
-        raise ValueError(f"--model-card writes into a model's folder, and {model} is none: give the folder")
     by_folder: dict[str, list[CategoryResult]] = {}
-    for result, folder in zip(results, find_models(model, [result.category for result in results])):
-        by_folder.setdefault(folder, []).append(result)
+    for result, folder in zip(results, models):
+        if result.rows:
+            by_folder.setdefault(folder, []).append(result)
     for folder, measured in by_folder.items():
         source = f"Measured on the test pictures of `{data}` with `diffusionad evaluate`, {how}."
         metrics = {result.category: result.metrics for result in measured}
         write_results(folder, metrics, markdown_table(measured), source)
 
 
+def _without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
+
+
+def _cell(text: str) -> str:
+    """A name in a line of Markdown."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # the escape of half a character is JSON's, too
+
+
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

@@ -1,0 +1,107 @@
+"""The test pictures of a dataset, category by category, and the masks of their defects."""
+
+import hashlib
+import os
+import stat
+import warnings
+from functools import cached_property
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from .data import load_anomaly_dataset
+from .image_files import MAX_PIXELS, open_cell
+from .masks import read_mask
+from .output_folder import sha256_of
+
+
+class TestPictures:
+    """The test pictures of one category, opened when they are asked for.
+
+    Args:
+        split: the split `test` of [`load_anomaly_dataset`].
+        category: whose pictures.
+        max_pixels: pictures and masks of more are refused before they are decoded.
+    """
+
+    __test__ = False  # pytest takes it for a test
+
+    def __init__(self, split: datasets.Dataset, category: str, max_pixels: int = MAX_PIXELS) -> None:
+        self.category = category
+        self.max_pixels = max_pixels
+        rows = split.select([index for index, name in enumerate(split["category"]) if name == category])
+        self.paths, self.labels, self.defect_types = rows["path"], rows["label"], rows["defect_type"]
+        self.cells = rows.cast_column("image", datasets.Image(decode=False)).cast_column(
+            "mask", datasets.Image(decode=False)
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def contents(self) -> list[str | None]:
+        """The sha256 of each picture's bytes, wherever they lie; None where they cannot be read."""
+        return [self.content(index) for index in range(len(self))]
+
+    def content(self, index: int) -> str | None:
+        """The sha256 of a picture's bytes as they are now."""
+        cell = self.cells[index]["image"]
+        try:
+            if cell["bytes"] is not None:
+                return hashlib.sha256(cell["bytes"]).hexdigest()
+            if stat.S_ISREG(os.stat(cell["path"]).st_mode):  # reading a pipe might never end
+                return sha256_of(cell["path"])
+        except (OSError, TypeError, ValueError):  # [`picture`] says why
+            pass
+        return None
+
+    def picture(self, index: int) -> Image.Image:
+        """Decoded; raises ImageFileError."""
+        return open_cell(self.cells[index]["image"], self.paths[index], max_pixels=self.max_pixels)
+
+    def mask(self, index: int, size: tuple[int, int]) -> np.ndarray | None:
+        """Booleans `[h, w]`: nothing for a good picture; None where nobody marked the defect of a defective one, so
+        that nothing is known of its pixels and calling them all good would be wrong.
+
+        Args:
+            index: of the picture.
+            size: its height and width in pixels, as it is shown.
+
+        Raises:
+            ValueError: when the mask cannot be read, or has another size.
+        """
+        cell = self.cells[index]["mask"]
+        if cell is None:
+            return None if self.labels[index] else np.zeros(size, dtype=bool)
+        mask = read_mask(cell, f"the mask of {self.paths[index]}", max_pixels=self.max_pixels)
+        if mask.shape != size:
+            (height, width), (own_height, own_width) = size, mask.shape
+            raise ValueError(
+                f"{self.paths[index]} has {width} x {height} pixels and its mask {cell['path'] or ''} {own_width} x "
+                f"{own_height}; make the mask again at the picture's size"
+            )
+        return None if self.labels[index] and not mask.any() else mask
+
+
+def load_test_pictures(
+    data: str | os.PathLike[str], category: str | None, max_pixels: int = MAX_PIXELS
+) -> list[TestPictures]:
+    """The test pictures of each category that has some.
+
+    Args:
+        data: any layout of [`load_anomaly_dataset`].
+        category: one category, `"all"`, or None where `data` holds only one.
+        max_pixels: as of [`TestPictures`].
+
+    Raises:
+        ValueError: names what is missing.
+    """
+    splits = load_anomaly_dataset(data, category=category)
+    if "test" not in splits:
+        raise ValueError(f"{data} has no test pictures, only good ones to train on: add test/good and test/<defect>")
+    tested = set(splits["test"]["category"])
+    untested = sorted({name for rows in splits.values() for name in rows.unique("category")} - tested)
+    if untested:
+        warnings.warn(f"without test pictures, and so not measured: {', '.join(untested)}", stacklevel=1)
+    return [TestPictures(splits["test"], name, max_pixels) for name in sorted(tested)]
