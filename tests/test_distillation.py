@@ -65,6 +65,7 @@ def test_what_is_built_in_cannot_be_changed(student: DiffusionADPipeline) -> Non
         NormGuidedOneStepScheduler(distilled="yes")
 
 
+@pytest.mark.slow
 def test_saved_loaded_exported_and_tiled(student: DiffusionADPipeline, tmp_path: Path) -> None:
     student.save_pretrained(tmp_path / "model")
     loaded = DiffusionADPipeline.from_pretrained(tmp_path / "model")

@@ -165,6 +165,7 @@ def test_a_shipped_model_tells_a_stained_nut_from_a_good_one(folder: Path) -> No
     assert found[truth].mean() > 0.5 > found[~truth].mean() * 20 and good.mean() < 0.01
 
 
+@pytest.mark.slow
 def test_bfloat16_maps_are_close() -> None:
     """Within 0.02 of float32 at every pixel, which takes a first convolution in float32."""
     picture = open_image(HAZELNUT / "test" / "colour" / "00.jpg")
@@ -227,6 +228,7 @@ def test_batch_norm_is_folded(tiny_pipeline: DiffusionADPipeline, tmp_path: Path
         SegmentationUNet2DModel(base_channels=8, norm_type="group").fold_batch_norm()
 
 
+@pytest.mark.slow
 def test_compiled_networks_say_the_same(tiny_pipeline: DiffusionADPipeline) -> None:
     exact = tiny_pipeline(pictures(1), output_type="pt")
     names = list(tiny_pipeline.unet.state_dict())

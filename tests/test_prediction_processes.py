@@ -143,6 +143,7 @@ def test_watching_takes_one_process(model: Path, pictures: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_names_the_batch_size(
     tiny_pipeline: DiffusionADPipeline, pictures: Path, tmp_path: Path
 ) -> None:

@@ -259,6 +259,7 @@ def test_sigterm_saves_and_leaves(config: Path, tmp_path: Path) -> None:
     assert len(run_folder.checkpoints(output)) == 1 and run_folder.find_checkpoint(output, "latest")
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_saves_and_leaves(config: Path, tmp_path: Path) -> None:
     """As systemd and Slurm send it: the workers that make synthetic anomalies get it too."""
     output = tmp_path / "stopped"
@@ -393,6 +394,7 @@ def test_bfloat16_where_the_processor_has_it_else_a_warning(config: Path, tmp_pa
     assert result.returncode == 0 and ("emulates bfloat16" in result.stderr) != has_it
 
 
+@pytest.mark.slow
 def test_a_run_is_pushed_to_the_hub(config: Path, tmp_path: Path, hub_server: HubServer) -> None:
     output = tmp_path / "pushed"
     flags = ["--max_train_steps", "1", "--push_to_hub", *MODEL_ID]

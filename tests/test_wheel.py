@@ -36,6 +36,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "files"
 
 
+@pytest.mark.slow
 def test_a_wheel_can_train_and_make_a_space(unpacked: Path, tmp_path: Path) -> None:
     """Far from any checkout, with nothing of ours but the wheel."""
     package = unpacked / "diffusionad_pipe"
