@@ -5,12 +5,17 @@ The page is there before the model is: torch and the weights are loaded once it 
 
 import math
 import os
+import sys
 import threading
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # which Python leaves out where PYTHONSAFEPATH is set
+from server_settings import SERVER  # before Gradio, which reads the variables when it is imported
+
+# isort: split
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -48,7 +53,7 @@ MAX_WAITING = 20  # visitors in the queue
 MAX_VISITORS = 200  # whose last result is kept in memory, about 4 MB each
 MAX_SHOWN_REGIONS = 50
 THUMBNAIL_SIDE = 240
-KEEP_SECONDS = int(os.environ.get("DIFFUSIONAD_KEEP_SECONDS", "1800"))  # pictures and results
+KEEP_SECONDS = SERVER.keep_seconds  # pictures and results
 
 try:
     MENU = read_menu((HERE, HERE.parent), os.environ)  # a Space's own folder, or beside spaces_demo in a checkout
@@ -529,11 +534,10 @@ if __name__ == "__main__":
         color_accent="*primary_600",
         link_text_color_dark="*secondary_400",
     )
-    # Gradio takes the variable for the first of a hundred ports to try. Who names a port wants that one.
-    port = os.environ.get("GRADIO_SERVER_PORT")
     try:
         demo.launch(
-            server_port=int(port) if port else None,
+            # Gradio takes the variable for the first of a hundred ports to try. Who names a port wants that one.
+            server_port=SERVER.port,
             theme=theme,
             css_paths=HERE / "style.css",
             head_paths=HERE / "head.html",
@@ -547,7 +551,9 @@ if __name__ == "__main__":
     except OSError as error:
         if "empty port" not in str(error):
             raise
-        raise SystemExit(f"port {port or '7860 to 7959'} is in use: set GRADIO_SERVER_PORT to another one") from error
+        raise SystemExit(
+            f"port {SERVER.port or '7860 to 7959'} is in use: set GRADIO_SERVER_PORT to another one"
+        ) from error
     try:
         load_model(DEFAULT, MENU[DEFAULT])  # whoever is quicker waits for this copy
     except ValueError as error:

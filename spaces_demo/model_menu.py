@@ -65,11 +65,14 @@ def read_menu(folders: Iterable[Path], environment: Mapping[str, str]) -> dict[s
         found = [sorted(folder.glob("pretrained/*/model_index.json")) for folder in folders]
         sources = [str(path.parent) for path in next((paths for paths in found if paths), [])]
     sources += [source.strip() for source in environment.get("DIFFUSIONAD_MODELS", "").split(",") if source.strip()]
+    variable = "DIFFUSIONAD_MODEL" if environment.get("DIFFUSIONAD_MODEL") else "DIFFUSIONAD_MODELS"
     menu: dict[str, str] = {}
     for source in dict.fromkeys(sources):
         name = Path(source).resolve().name if is_folder(source) else source
         if name in menu:
             raise ValueError(f"two models are called {name}: rename a folder in DIFFUSIONAD_MODELS")
+        if is_folder(source) and not Path(source, "model_index.json").is_file():
+            raise ValueError(f"{source} is no folder of a model: set {variable} to folders or Hub ids of some")
         menu[name] = source
     if not menu:
         raise ValueError("there is no model: set DIFFUSIONAD_MODEL to the folder or the Hub id of one")

@@ -1,6 +1,7 @@
 """Saved pipelines load bit by bit, whatever their networks, dtype and variant."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diffusionad_pipe import (
     NormGuidedOneStepScheduler,
     SegmentationUNet2DModel,
 )
+from diffusionad_pipe.acceleration import fastest_dtype
 
 
 def test_round_trip(tiny_pipeline, saved, assert_same):
@@ -125,3 +127,33 @@ def test_segformer(tiny_pipeline, saved_segformer, assert_same):
     assert_same(tiny_pipeline, DiffusionADPipeline.from_pretrained(saved_segformer))
     output = tiny_pipeline([torch.rand(3, 20, 40), torch.rand(3, 50, 30)], output_type="np")
     assert [m.shape[:2] for m in output.anomaly_maps] == [(20, 40), (50, 30)]
+
+
+def test_another_pipeline_around_the_same_networks(tiny_pipeline: DiffusionADPipeline) -> None:
+    tiny_pipeline.register_to_config(image_threshold=0.25, pixel_threshold=0.5)
+    tiny_pipeline.segmentation.cast(torch.bfloat16)
+    tiny_pipeline.unet.to(torch.bfloat16)
+    dtypes = [parameter.dtype for parameter in tiny_pipeline.segmentation.parameters()]
+    other = DiffusionADPipeline.from_pipe(tiny_pipeline, noise_seed=1, image_threshold=None)
+    assert other.unet is tiny_pipeline.unet and other.segmentation is tiny_pipeline.segmentation
+    assert [
+        parameter.dtype for parameter in other.segmentation.parameters()
+    ] == dtypes  # the originals stay as they are
+    assert other.unet.dtype == torch.bfloat16
+    values = {"image_size": 32, "score_top_k": 50, "pixel_threshold": 0.5, "image_threshold": None, "noise_seed": 1}
+    assert {name: other.config[name] for name in values} == values
+    assert tiny_pipeline.config.noise_seed == 0 and tiny_pipeline.config.image_threshold == 0.25
+
+    scheduler = NormGuidedOneStepScheduler(guidance_scale=0.0)
+    assert DiffusionADPipeline.from_pipe(tiny_pipeline, scheduler=scheduler).scheduler is scheduler
+    assert DiffusionADPipeline.from_pipe(tiny_pipeline, torch_dtype=torch.float32).unet.dtype == torch.float32
+    with pytest.raises(ValueError, match="image_size=0"):
+        DiffusionADPipeline.from_pipe(tiny_pipeline, image_size=0)
+
+
+def test_auto_is_the_same_by_either_name(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> None:
+    tiny_pipeline.save_pretrained(tmp_path)
+    fastest = fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("dtype", "torch_dtype"):
+        assert DiffusionADPipeline.from_pretrained(tmp_path, **{name: "auto"}).unet.dtype == fastest
+        assert DiffusionADPipeline.from_pretrained(tmp_path, **{name: torch.bfloat16}).unet.dtype == torch.bfloat16

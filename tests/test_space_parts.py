@@ -2,6 +2,9 @@
 
 import io
 import os
+import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -16,6 +19,9 @@ import detection as detection_module
 from batch import BatchRow, examine_batch, to_csv
 from detection import Settings, judge, resize_map, run_model
 from model_menu import load_model, read_menu, read_model_card
+from script_processes import run_script
+from server_settings import read_server_settings
+from space_server import APP
 
 SETTINGS = Settings(200, 400, 1.0, 1)
 
@@ -143,6 +149,65 @@ def test_menu(tmp_path, saved):
         read_menu([tmp_path / "none"], {})
     with pytest.raises(ValueError, match="two models are called nut"):
         read_menu([tmp_path], {"DIFFUSIONAD_MODELS": str(tmp_path / "other" / "nut")})
+    for variable in ("DIFFUSIONAD_MODEL", "DIFFUSIONAD_MODELS"):
+        with pytest.raises(ValueError, match=f"none is no folder of a model: set {variable} to"):
+            read_menu([tmp_path], {variable: str(tmp_path / "none")})
+
+
+@pytest.mark.parametrize(
+    ("variable", "values"),
+    [
+        ("DIFFUSIONAD_KEEP_SECONDS", ["", "abc", "-1", "0", "1.5", "1e3", "\u0663", "9" * 5000]),
+        ("GRADIO_SERVER_PORT", ["", "abc", "0", "-1", "99999", "7860 ", "+5"]),
+        ("GRADIO_NUM_PORTS", ["", "many", "0"]),
+        ("GRADIO_DEBUG", ["yes", ""]),
+        ("GRADIO_SERVER_NAME", ["", "192.0.2.1", "no such name", "2001:db8::1", "a" * 300]),
+        ("GRADIO_TEMP_DIR", ["", "/proc/x", "/dev/null", "a\0b"]),
+    ],
+)
+def test_every_variable_of_the_server_is_checked(variable, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"{variable}={re.escape(value[:50])}") as caught:
+            read_server_settings({variable: value})
+        assert str(caught.value).count(": set it to") == 1
+
+
+def test_variables_of_the_server(tmp_path):
+    assert read_server_settings({}) == (1800, None)
+    for name in ("127.0.0.1", "0.0.0.0", "localhost"):
+        environment = {
+            "GRADIO_SERVER_NAME": name,
+            "GRADIO_TEMP_DIR": str(tmp_path / "new"),
+            "GRADIO_SERVER_PORT": "7860",
+        }
+        assert read_server_settings({**environment, "DIFFUSIONAD_KEEP_SECONDS": "60"}) == (60, 7860)
+    assert not any((tmp_path / "new").iterdir())
+
+
+def test_a_variable_that_is_wrong_ends_the_app_at_once(tmp_path):
+    for variables in ({"GRADIO_SERVER_PORT": "abc"}, {"DIFFUSIONAD_KEEP_SECONDS": ""}):
+        done = run_script([APP], {**os.environ, **variables})
+        ((name, value),) = variables.items()
+        assert done.returncode == 1 and done.stderr.startswith(f"Error: {name}={value} is no whole number")
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_backend_of_matplotlib_that_is_not_here(tmp_path):
+    """Figures are drawn in files; importing matplotlib alone fails."""
+    script = tmp_path / "figure.py"
+    script.write_text(
+        "import os\n"
+        "from diffusionad_pipe.figures import import_matplotlib\n"
+        "import_matplotlib()\n"
+        "from matplotlib.figure import Figure\n"
+        "Figure().savefig('figure.png')\n"
+        "print(os.environ['MPLBACKEND'])\n"
+    )
+    command = [sys.executable, script]
+    variables = os.environ | {"MPLBACKEND": "module://not_here.backend"}
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.stdout == "module://not_here.backend\n", done.stderr
+    assert (tmp_path / "figure.png").is_file()
 
 
 def test_models_of_the_hub(hub_server, saved, assert_same, tiny_pipeline, monkeypatch):

@@ -94,7 +94,7 @@ def find_device(name: str | None = None) -> torch.device:
         return join_processes().device
     try:
         device = torch.device(name)
-        torch.ones(1, device=device).item()  # torch learns only then whether it is there
+        torch.ones(1, dtype=torch.float32, device=device).item()  # torch learns only then whether it is there
     except Exception as error:  # every kind of device fails in a way of its own
         if is_out_of_memory(error):
             raise MemoryError(
@@ -141,7 +141,7 @@ def compile_networks(networks: Iterable[nn.Module], device: torch.device, **opti
         # A missing compiler shows at the first call of something compiled: of one addition here, not of a network. The
         # number is never the same, so that nothing compiled earlier is found in torch's cache.
         number = time.time_ns() % 10**9
-        torch.compile(lambda x: x + number, **options)(torch.zeros(8, device=device))
+        torch.compile(lambda x: x + number, **options)(torch.zeros(8, dtype=torch.float32, device=device))
     except Exception as error:  # whatever is missing fails in a way of its own, in the depths of torch
         cause = str(error).strip().splitlines()[0]
         logger.warning(

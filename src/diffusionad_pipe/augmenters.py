@@ -95,7 +95,9 @@ AUGMENTERS: tuple[Callable[[torch.Tensor, Generators], torch.Tensor], ...] = (
 def augment(images: torch.Tensor, generators: Generators) -> torch.Tensor:
     """Apply to each of `[B, 3, H, W]` in [0, 1] three different augmenters of the ten, in random order."""
     images = images.clone()
-    orders = torch.stack([torch.randperm(len(AUGMENTERS), generator=generator)[:3] for generator in generators])
+    orders = torch.stack(
+        [torch.randperm(len(AUGMENTERS), generator=generator, device="cpu")[:3] for generator in generators]
+    )
     for turn in orders.T:  # [B]
         for index in turn.unique().tolist():
             chosen = (turn == index).nonzero()[:, 0].tolist()

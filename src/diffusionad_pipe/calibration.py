@@ -71,8 +71,8 @@ def split_held_out(count: int, fraction: float) -> torch.Tensor:
     if count < 2:
         raise ValueError(f"{count} readable picture: training needs some good pictures, and some to hold out")
     held_out = min(max(1, round(fraction * count)), count - 1)
-    is_held_out = torch.zeros(count, dtype=torch.bool)
-    is_held_out[torch.arange(1, held_out + 1) * count // (held_out + 1)] = True
+    is_held_out = torch.zeros(count, dtype=torch.bool, device="cpu")
+    is_held_out[torch.arange(1, held_out + 1, device="cpu") * count // (held_out + 1)] = True
     return is_held_out
 
 

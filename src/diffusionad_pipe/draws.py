@@ -18,15 +18,22 @@ def sample_generator(*key: int) -> torch.Generator:
         key: non-negative integers. Keys of different lengths are different, (3,) and (3, 0) too.
     """
     state = np.random.SeedSequence([len(key), *key]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    return torch.Generator("cpu").manual_seed(int(state >> np.uint64(1)))
 
 
 def uniform(low: float, high: float, generators: Sequence[torch.Generator], *shape: int) -> torch.Tensor:
     """One draw, or a tensor of `shape` draws, from U[low, high) by each of the B generators: `[B, *shape]`."""
-    draws = torch.stack([torch.rand(shape, generator=generator) for generator in generators])
+    draws = torch.stack(
+        [torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") for generator in generators]
+    )
     return low + (high - low) * draws
 
 
 def integers(low: int, high: int, generators: Sequence[torch.Generator], *shape: int) -> torch.Tensor:
     """One draw, or a tensor of `shape` draws, from {low, ..., high} by each of the B generators: `[B, *shape]`."""
-    return torch.stack([torch.randint(low, high + 1, shape, generator=generator) for generator in generators])
+    return torch.stack(
+        [
+            torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int64, device="cpu")
+            for generator in generators
+        ]
+    )

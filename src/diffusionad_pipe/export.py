@@ -79,7 +79,10 @@ class WholeDetector(nn.Module):
         self.pipe.fold_batch_norm()
         self.unet, self.segmentation = self.pipe.unet, self.pipe.segmentation  # so that their weights are exported
         scheduler = pipe.scheduler.config
-        self.register_buffer("timesteps", torch.tensor([scheduler.small_timestep, scheduler.large_timestep]))
+        self.register_buffer(
+            "timesteps",
+            torch.tensor([scheduler.small_timestep, scheduler.large_timestep], dtype=torch.int64, device="cpu"),
+        )
         self.register_buffer("noise", pipe.fixed_noise(1, height, width).clone())  # [1, 2, 1, 3, height, width]
         top_k = pipe.config.score_top_k
         self.score_pixels = min(max(int(top_k) if top_k >= 1 else round(top_k * height * width), 1), height * width)
@@ -212,7 +215,7 @@ def export_program(detector: WholeDetector, height: int, width: int) -> torch.ex
         ValueError: for a network that torch.export cannot trace.
     """
     # A batch of 2, and sides that are neither equal nor the networks': what is equal here might be taken for constant.
-    example = torch.zeros(2, height + 5, width + 13, 3, dtype=torch.uint8)
+    example = torch.zeros(2, height + 5, width + 13, 3, dtype=torch.uint8, device="cpu")
     sides = {"min": 8, "max": LARGEST_SIDE}
     dimensions = {
         0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH),
@@ -369,7 +372,7 @@ def resize_by_products(model: "openvino.Model") -> None:
 
 def _picture_to_try(height: int, width: int) -> NDArray[np.uint8]:
     """A smooth random picture, larger than the networks' size."""
-    coarse = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    coarse = torch.rand(1, 3, 8, 8, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
     smooth = F.interpolate(coarse, size=(height + height // 4, width + width // 2), mode="bicubic").clamp(0, 1)
     return smooth.mul(255).round().to(torch.uint8)[0].permute(1, 2, 0).numpy()
 

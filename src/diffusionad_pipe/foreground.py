@@ -44,7 +44,7 @@ def threshold_foreground(image: torch.Tensor) -> torch.Tensor:
     distance = np.linalg.norm(lab - np.median(lab[frame], axis=0), axis=-1)
     distance = ndimage.gaussian_filter(distance, sigma=0.005 * min(height, width))
     if distance.max() - distance.min() < 1e-6:
-        return torch.ones(1, height, width)
+        return torch.ones(1, height, width, dtype=torch.float32, device="cpu")
     object_mask = distance > threshold_otsu(distance)
 
     side = max(1, round(0.01 * min(height, width)))
@@ -54,7 +54,7 @@ def threshold_foreground(image: torch.Tensor) -> torch.Tensor:
     areas[0] = 0
     object_mask = (areas >= 0.01 * height * width)[labels]
     if not object_mask.any() or object_mask[frame].mean() > 0.5:
-        return torch.ones(1, height, width)
+        return torch.ones(1, height, width, dtype=torch.float32, device="cpu")
     matte = ndimage.gaussian_filter(object_mask.astype(np.float32), sigma=0.005 * min(height, width))
     return torch.from_numpy(matte)[None].clamp(0, 1)
 
@@ -62,8 +62,8 @@ def threshold_foreground(image: torch.Tensor) -> torch.Tensor:
 def random_foregrounds(height: int, width: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """A random rectangle for each generator, mattes `[B, 1, H, W]`: a quarter to the whole of each side, centred
     anywhere and cut at the frame, so that the border is reached as well."""
-    mattes = torch.zeros(len(generators), 1, height, width)
-    sides = torch.tensor([height, width])
+    mattes = torch.zeros(len(generators), 1, height, width, dtype=torch.float32, device="cpu")
+    sides = torch.tensor([height, width], dtype=torch.int64, device="cpu")
     sizes = uniform(0.25, 1, generators, 2) * sides
     centres = uniform(0, 1, generators, 2) * sides
     starts = (centres - sizes / 2).round().long().clamp(min=0)

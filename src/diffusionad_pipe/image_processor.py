@@ -265,7 +265,9 @@ class DiffusionADImageProcessor:
             left = margin + index * (column + gap)
             draw.text((left + column / 2, top - gap), caption, PANEL_INK, font, anchor="md")
             canvas.paste(_to_pil(tensor), (left + (column - width) // 2, top + (row - height) // 2))
-        bar = _colourize(torch.linspace(1, 0, row)[:, None].expand(row, text_size))  # [3, row, text_size]
+        bar = _colourize(
+            torch.linspace(1, 0, row, dtype=torch.float32, device="cpu")[:, None].expand(row, text_size)
+        )  # [3, row, text_size]
         canvas.paste(_to_pil(bar), (right, top))
         for end, y, anchor in ends:
             draw.text((right + text_size + gap, y), end, PANEL_INK, font, anchor=anchor)
@@ -334,7 +336,7 @@ class DiffusionADImageProcessor:
         # Channels first while pixels are bytes: four times less to move than floats. [1|3|4, h, w]
         values = _to_unit_range(array.transpose(2, 0, 1) if isinstance(array, np.ndarray) else array)
         if len(values) == 4:
-            background = torch.tensor(self.background).div(255)[:, None, None]
+            background = torch.tensor(self.background, dtype=torch.float32, device="cpu").div(255)[:, None, None]
             values = values[:3] * values[3:] + background * (1 - values[3:])
         return values.expand(3, -1, -1).contiguous()
 
@@ -387,12 +389,9 @@ def _check_values(array: NDArray[Any] | torch.Tensor) -> None:
 
 def _to_unit_range(array: NDArray[Any] | torch.Tensor) -> torch.Tensor:
     """Scale integers by their dtype: float32 of the same shape in [0, 1] on the CPU."""
-    if isinstance(array, np.ndarray):
-        name = array.dtype.name
-        array = torch.from_numpy(array.astype(np.float32, order="C"))
-    else:
-        name = str(array.dtype).removeprefix("torch.")
-    values: torch.Tensor = torch.as_tensor(array).detach().to("cpu", torch.float32)
+    name = array.dtype.name if isinstance(array, np.ndarray) else str(array.dtype).removeprefix("torch.")
+    tensor = torch.from_numpy(array.astype(np.float32, order="C")) if isinstance(array, np.ndarray) else array
+    values: torch.Tensor = tensor.detach().to("cpu", torch.float32)
     if name in FULL_SCALE:  # so these are not the caller's own
         return values.div_(FULL_SCALE[name])
     return values.clamp(0, 1)
@@ -419,7 +418,8 @@ def _read_map(anomaly_map: Picture, size: tuple[int, int]) -> torch.Tensor:
 
 def _read_mask(mask: Picture, size: tuple[int, int]) -> torch.Tensor:
     """Turn a mask into bool `[h, w]` on the CPU."""
-    return torch.as_tensor(_read_plane(mask, "mask", size) != 0).cpu()
+    marked = _read_plane(mask, "mask", size) != 0
+    return torch.from_numpy(marked) if isinstance(marked, np.ndarray) else marked.cpu()
 
 
 def _size(picture: torch.Tensor) -> tuple[int, int]:
@@ -441,7 +441,7 @@ def _to_pil(picture: torch.Tensor) -> Image.Image:
 
 def _colourize(level: torch.Tensor) -> torch.Tensor:
     """Look `[h, w]` in [0, 1] up in the colour scale: RGB `[3, h, w]` in [0, 1]."""
-    colours = torch.tensor(list(bytes.fromhex(COLOUR_SCALE))).view(-1, 3).div(255)
+    colours = torch.frombuffer(bytearray.fromhex(COLOUR_SCALE), dtype=torch.uint8).view(-1, 3).float().div(255)
     position = level * (len(colours) - 1)
     below = position.long().clamp(max=len(colours) - 2)
     return torch.lerp(colours[below], colours[below + 1], (position - below)[..., None]).permute(2, 0, 1)
@@ -462,4 +462,5 @@ def _draw_contours(picture: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
     # Eroded as if all beyond the picture were normal, so that a region at its edge is closed there.
     outside = F.pad((~region).float()[None], [width] * 4, value=1.0)
     border = region & F.max_pool2d(outside, 2 * width + 1, stride=1)[0].bool()
-    return torch.where(border, torch.tensor(CONTOUR_COLOUR).div(255)[:, None, None], picture)
+    colour = torch.tensor(CONTOUR_COLOUR, dtype=torch.float32, device="cpu").div(255)[:, None, None]
+    return torch.where(border, colour, picture)

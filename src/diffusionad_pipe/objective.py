@@ -46,8 +46,8 @@ def sample_timesteps(
     Returns:
         `[2, B]`, small scale first.
     """
-    small = torch.randint(0, boundary, (batch_size,), generator=generator)
-    large = torch.randint(boundary, maximum, (batch_size,), generator=generator)
+    small = torch.randint(0, boundary, (batch_size,), generator=generator, device="cpu")
+    large = torch.randint(boundary, maximum, (batch_size,), generator=generator, device="cpu")
     return torch.stack([small, large])
 
 

@@ -230,11 +230,11 @@ class DiffusionADPipeline(DiffusionPipeline):
             else:
                 generators = generator if isinstance(generator, list) else [generator] * len(pictures)
                 noise_shape = (num_noise_samples, 2, 3, height, width)
-                drawn = [randn_tensor(noise_shape, generator=g, device=device) for g in generators]
+                drawn = [randn_tensor(noise_shape, generator=g, device=device, dtype=torch.float32) for g in generators]
                 noises = torch.stack(drawn, dim=2)
 
         # 3. Reconstruct the pictures and compare, batch by batch.
-        timesteps = torch.tensor([small_timestep, large_timestep], device=device)
+        timesteps = torch.tensor([small_timestep, large_timestep], dtype=torch.int64, device=device)
         maps, reconstructions = torch.empty_like(pictures[:, :1]), torch.empty_like(pictures)
         starts = range(0, len(pictures), batch_size)
         used = f"batch_size={batch_size} at {height} x {width} pixels"
@@ -308,7 +308,8 @@ class DiffusionADPipeline(DiffusionPipeline):
         wanted = (shape, seed, self._execution_device)
         known = self._fixed_noise  # read once: another thread may replace it meanwhile
         if known is None or known[0] != wanted:
-            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            drawing = torch.Generator("cpu").manual_seed(seed)
+            drawn = torch.randn(shape, generator=drawing, dtype=torch.float32, device="cpu")
             known = self._fixed_noise = (wanted, drawn[:, :, None].to(self._execution_device))
         return known[1]
 
@@ -563,8 +564,10 @@ class DiffusionADPipeline(DiffusionPipeline):
         """
         if kwargs.pop("use_safetensors", True) is False:
             raise WeightsFileError("only safetensors are loaded: a pickle could run code. Leave use_safetensors out")
-        if kwargs.get("dtype") == "auto":
-            kwargs["dtype"] = fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
+        if isinstance(dtype, str) and dtype == "auto":
+            dtype = fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
+        kwargs["dtype"] = torch.float32 if dtype is None else dtype
         folder = origin = os.fspath(pretrained_model_name_or_path)
         if os.path.isdir(folder):
             origin = Path(folder).resolve().name
@@ -578,7 +581,9 @@ class DiffusionADPipeline(DiffusionPipeline):
         without_parts: dict[str, Any] = {**settings, **dict.fromkeys(COMPONENTS)}
         try:
             cls(**without_parts)  # an unusable setting is found before any weights are read
-            pipeline = super().from_pretrained(folder, use_safetensors=True, **kwargs)
+            # However this process builds its own networks: weights made in inference mode are multiplied otherwise.
+            with torch.device("cpu"), torch.inference_mode(False):
+                pipeline = super().from_pretrained(folder, use_safetensors=True, **kwargs)
         except (TypeError, ValueError) as error:
             raise WeightsFileError(f"{Path(folder) / 'model_index.json'} cannot be used: {error}") from error
         for name in ("unet", "segmentation"):
@@ -590,6 +595,25 @@ class DiffusionADPipeline(DiffusionPipeline):
             if isinstance(part, ConfigMixin) and "_name_or_path" in part.config:
                 part.register_to_config(_name_or_path=origin)
         return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: "DiffusionADPipeline", **kwargs: Any):
+        """Another pipeline around the same networks, which stay as they are and take no memory again.
+
+        Args:
+            pipeline: whose components and config values are taken.
+            kwargs: others in place of some: components, or values such as `noise_seed=1`; and `dtype`, to which both
+                pipelines' networks are then converted.
+        """
+        given = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", None) or given
+        names = inspect.signature(cls).parameters.keys() - set(COMPONENTS)
+        values = {name: value for name, value in pipeline.config.items() if name in names}
+        new = cls(**{**pipeline.components, **values, **kwargs})
+        new._records_cuda_graphs = pipeline._records_cuda_graphs
+        if "_name_or_path" in pipeline.config:
+            new.register_to_config(_name_or_path=pipeline.config._name_or_path)
+        return new if dtype is None else new.to(dtype=dtype)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:

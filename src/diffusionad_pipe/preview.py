@@ -117,7 +117,7 @@ def preview_synthesis(
             for picture, matte, sample in zip(plain, foregrounds, samples):
                 rows = picture, matte, sample["masks"], sample["images"]
                 columns.append(torch.cat([row.expand(3, -1, -1) for row in rows], dim=1))  # [3, 4 · H, W]
-    filled = torch.tensor([coverage for coverage in coverages if coverage > 0])
+    filled = torch.tensor([coverage for coverage in coverages if coverage > 0], dtype=torch.float32, device="cpu")
     return Preview(
         sheet=_with_captions(torch.cat(columns[:count], dim=2)),
         picture_count=int(trained.sum()),

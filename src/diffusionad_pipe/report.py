@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from skimage.measure import approximate_polygon
 from sklearn.metrics import roc_auc_score
 
 from .colours import COLOUR_SCALE
+from .figures import import_matplotlib
 from .image_files import PathLike
 from .metrics import f1_max
 from .model_card import METRIC_NAMES
@@ -204,6 +204,9 @@ def _view(category: CategoryReport) -> dict[str, Any]:
     score, defective = np.asarray(category.scores, dtype=np.float64), np.asarray(category.labels).astype(bool)
     threshold = category.image_threshold
     spread = score if threshold is None else np.append(score, threshold)
+    import_matplotlib()
+    from matplotlib.ticker import MaxNLocator
+
     ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(spread.min(), spread.max())
     start, length = ticks[0], ticks[-1] - ticks[0]
 

@@ -121,7 +121,7 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0).float()  # ᾱ, [T]
 
         self.init_noise_sigma = 1.0
-        self.timesteps = torch.tensor([small_timestep, large_timestep])
+        self.timesteps = torch.tensor([small_timestep, large_timestep], dtype=torch.int64, device="cpu")
 
     @property
     def num_scales(self) -> int:
@@ -133,9 +133,10 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             num_inference_steps: accepted because every diffusers scheduler has it; ignored.
-            device: where `timesteps` shall be.
+            device: where `timesteps` shall be; None is the CPU.
         """
-        self.timesteps = torch.tensor([self.config.small_timestep, self.config.large_timestep], device=device)
+        pair = [self.config.small_timestep, self.config.large_timestep]
+        self.timesteps = torch.tensor(pair, dtype=torch.int64, device=device or "cpu")
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | int | None = None) -> torch.Tensor:
         """Return the sample unchanged: this family of schedulers does not scale the network's input."""

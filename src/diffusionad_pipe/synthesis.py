@@ -54,8 +54,9 @@ def perlin_noise(height: int, width: int, cells: torch.Tensor, generators: Gener
     angles = uniform(0, 2 * math.pi, generators, corners * corners).to(cells.device)
     gradients = torch.stack([angles.cos(), angles.sin()], dim=1)  # [B, 2, corners²]
 
-    y = torch.arange(height, device=cells.device) * (cells[:, :1] / height)  # [B, H]
-    x = torch.arange(width, device=cells.device) * (cells[:, 1:] / width)  # [B, W]
+    rows, columns = (torch.arange(n, dtype=torch.float32, device=cells.device) for n in (height, width))
+    y = rows * (cells[:, :1].float() / height)  # [B, H]
+    x = columns * (cells[:, 1:].float() / width)  # [B, W]
     row, column = y.long()[:, :, None], x.long()[:, None, :]
     dy, dx = y.frac()[:, :, None], x.frac()[:, None, :]
 
@@ -166,8 +167,8 @@ def shuffle_tiles(images: torch.Tensor, generators: Generators, grid: int = SHUF
     height, width = images.shape[-2] // grid, images.shape[-1] // grid
     core = images[..., : grid * height, : grid * width]
     tiles = core.reshape(batch, channels, grid, height, grid, width).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    orders = torch.stack([torch.randperm(grid * grid, generator=generator) for generator in generators])
-    tiles = tiles[torch.arange(batch)[:, None], orders]  # [B, g · g, C, h, w]
+    orders = torch.stack([torch.randperm(grid * grid, generator=generator, device="cpu") for generator in generators])
+    tiles = tiles[torch.arange(batch, device="cpu")[:, None], orders]  # [B, g · g, C, h, w]
     shuffled = images.clone()
     shuffled[..., : grid * height, : grid * width] = (
         tiles.reshape(batch, grid, grid, channels, height, width).permute(0, 3, 1, 4, 2, 5).reshape(core.shape)
@@ -182,11 +183,14 @@ def procedural_textures(height: int, width: int, generators: Generators, device:
     colour, which no photographed texture has. The second colour is between the first and any other.
     """
     slope = uniform(0, 3, generators)[:, None, None]
-    noise = torch.stack([torch.randn(height, width, generator=generator) for generator in generators])
+    noise = torch.stack(
+        [torch.randn(height, width, generator=generator, dtype=torch.float32, device="cpu") for generator in generators]
+    )
     first, second = uniform(0, 1, generators, 3, 1, 1), uniform(0, 1, generators, 3, 1, 1)
     second = torch.lerp(first, second, uniform(0, 1, generators)[:, None, None, None])
 
-    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :])
+    plain = {"dtype": torch.float32, "device": torch.device("cpu")}
+    frequency = torch.hypot(torch.fft.fftfreq(height, **plain)[:, None], torch.fft.rfftfreq(width, **plain)[None, :])
     frequency[0, 0] = 1.0
     spectrum = torch.fft.rfft2(noise.to(device)) / (frequency**slope).to(device)
     noise = torch.fft.irfft2(spectrum, s=(height, width))[:, None]

@@ -113,7 +113,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
                 "timesteps": sample_timesteps(
                     1, generator, boundary=self.timestep_boundary, maximum=self.timestep_maximum
                 )[:, 0],
-                "noise": torch.randn(2, *image.shape, generator=generator),
+                "noise": torch.randn(2, *image.shape, generator=generator, dtype=torch.float32, device="cpu"),
             }
             for original, image, mask, label, generator in zip(images, *samples, generators)
         ]
@@ -131,7 +131,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
         indices, generators = [], []
         for draw in draws:
             epoch, position = divmod(draw, len(self.pictures))
-            order = torch.randperm(len(self.pictures), generator=sample_generator(self.seed, epoch))
+            order = torch.randperm(len(self.pictures), generator=sample_generator(self.seed, epoch), device="cpu")
             indices.append(int(order[position]))
             generators.append(sample_generator(self.seed, epoch, indices[-1]))
 
@@ -158,7 +158,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
             degrees = uniform(-self.rotation, self.rotation, generators)
             both = rotate(both, degrees, mode="bicubic", padding="reflection").clamp(0, 1)
         if self.crop_size is not None and self.crop_size < min(both.shape[-2:]):
-            rooms = torch.tensor(both.shape[-2:]) - self.crop_size + 1
+            rooms = torch.tensor(both.shape[-2:], dtype=torch.int64, device="cpu") - self.crop_size + 1
             corners = (uniform(0, 1, generators, 2) * rooms).long().tolist()
             crops = zip(both, corners)
             both = torch.stack([p[:, y : y + self.crop_size, x : x + self.crop_size] for p, (y, x) in crops])

@@ -65,10 +65,10 @@ def blend_weights(starts: list[int], tile: int) -> torch.Tensor:
     length = starts[-1] + tile
     # The least overlap: a ramp as long is 1 in the middle of every tile, where there is a middle.
     ramp = min([tile] + [a + tile - b for a, b in zip(starts, starts[1:])])
-    position = torch.arange(tile, dtype=torch.float64)
+    position = torch.arange(tile, dtype=torch.float64, device="cpu")
     edge = torch.minimum(position + 0.5, tile - position - 0.5)
     weights = (edge / max(ramp, 1)).clamp(max=1).expand(len(starts), -1)
-    total = torch.zeros(length, dtype=torch.float64)
+    total = torch.zeros(length, dtype=torch.float64, device="cpu")
     for start, weight in zip(starts, weights):
         total[start : start + tile] += weight
     return torch.stack([weight / total[start : start + tile] for start, weight in zip(starts, weights)]).float()
@@ -175,14 +175,16 @@ def blend_tiles(
     row_weights, column_weights = blend_weights(rows, tile_height), blend_weights(columns, tile_width)
 
     device = pipe._execution_device
-    timesteps = torch.tensor([small_timestep, large_timestep], device=device)
+    timesteps = torch.tensor([small_timestep, large_timestep], dtype=torch.int64, device=device)
     if generator is None:
         noise = pipe.fixed_noise(num_noise_samples, tile_height, tile_width)  # [K, 2, 1, 3, h, w]
     else:
         shape = (num_noise_samples, 2, 1, 3, tile_height, tile_width)
-        noise = randn_tensor(shape, generator=generator, device=device)
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
-    maps, reconstructions = torch.zeros(1, 1, height, width), torch.zeros(1, 3, height, width)
+    maps, reconstructions = (
+        torch.zeros(1, channels, height, width, dtype=torch.float32, device="cpu") for channels in (1, 3)
+    )
     positions = [(row, column) for row in range(len(rows)) for column in range(len(columns))]
     starts = range(0, len(positions), batch_size)
     for start in starts if len(starts) == 1 else pipe.progress_bar(starts):

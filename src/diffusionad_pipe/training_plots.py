@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from .calibration import Validation
+from .figures import import_matplotlib
 from .image_files import write_atomically
 from .image_processor import DiffusionADImageProcessor
 from .pipeline_diffusionad import DiffusionADPipeline
@@ -18,7 +19,11 @@ def validation_grid(
 ) -> Image.Image:
     """Rows: picture, one-step prediction from the small and from the large scale, guided reconstruction, anomaly map,
     true mask; at most `columns` samples, evenly chosen. A distilled network makes the reconstruction alone."""
-    chosen = torch.linspace(0, len(samples) - 1, min(columns, len(samples))).long().tolist()
+    chosen = (
+        torch.linspace(0, len(samples) - 1, min(columns, len(samples)), dtype=torch.float32, device="cpu")
+        .long()
+        .tolist()
+    )
     images = torch.stack([samples[index]["images"] for index in chosen]).cpu()
     masks = torch.stack([samples[index]["masks"] for index in chosen]).cpu()
     rows = [images]
@@ -35,6 +40,7 @@ def validation_grid(
 
 def plot_losses(log: Path, path: Path) -> None:
     """Plot both losses and the validation figures of a `log.jsonl`."""
+    import_matplotlib()
     from matplotlib.figure import Figure
 
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]

@@ -122,7 +122,7 @@ class SegmentationUNet2DModel(ModelMixin, ConfigMixin):
         placed = any(kwargs.get(name) is not None for name in ("device_map", "quantization_config"))
         if not isinstance(dtype, torch.dtype) or placed:
             return super().from_pretrained(pretrained_model_name_or_path, torch_dtype=dtype, **kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, torch_dtype=torch.float32, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).cast(dtype)  # a tuple with output_loading_info=True
         return loaded
 
