@@ -192,7 +192,8 @@ def test_a_variable_that_is_wrong_ends_the_app_at_once(tmp_path):
         assert done.stderr.count("\n") == 1
 
 
-def test_a_backend_of_matplotlib_that_is_not_here(tmp_path):
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", "svg"])
+def test_a_backend_of_matplotlib_that_is_not_here(tmp_path, backend):
     """Figures are drawn in files; importing matplotlib alone fails."""
     script = tmp_path / "figure.py"
     script.write_text(
@@ -201,12 +202,13 @@ def test_a_backend_of_matplotlib_that_is_not_here(tmp_path):
         "import_matplotlib()\n"
         "from matplotlib.figure import Figure\n"
         "Figure().savefig('figure.png')\n"
-        "print(os.environ['MPLBACKEND'])\n"
+        "from matplotlib import rcParams\n"
+        "print(os.environ['MPLBACKEND'], dict.__getitem__(rcParams, 'backend') == 'svg')\n"
     )
     command = [sys.executable, script]
-    variables = os.environ | {"MPLBACKEND": "module://not_here.backend"}
+    variables = os.environ | {"MPLBACKEND": backend}
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
-    assert done.stdout == "module://not_here.backend\n", done.stderr
+    assert done.stdout == f"{backend} {backend == 'svg'}\n", done.stderr
     assert (tmp_path / "figure.png").is_file()
 
 
