@@ -202,6 +202,26 @@ def test_a_picture_that_cannot_be_read_is_tried_again(model: Path, data: Path, t
     assert result.exit_code == 2 and "48 x 40 pixels are more than 1000" in result.output
 
 
+def test_masks_in_doubt_are_listed(model: Path, data: Path, tmp_path: Path) -> None:
+    """One that alone tells whether its picture is good, and two that could be the same picture's."""
+    for name in ("train/10", "test/10", "test/11", "test/12"):
+        file = tmp_path / "kolektor" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (48, 40), 3 * int(file.stem)).save(file)
+        Image.new("L", (48, 40), 255 if file.stem == "11" else 0).save(file.with_name(f"{file.stem}_GT.png"))
+    (tmp_path / "kolektor" / "test" / "12_GT.png").write_bytes(b"<html>")
+    result = run("--model", model, "--data", tmp_path / "kolektor", "--output", tmp_path / "one")
+    assert result.exit_code == 1 and "| kolektor | 1 | 1 |" in result.output, result.output
+    assert "12_GT.png: this is not a picture but an HTML page" in result.output
+    assert "1 of 3 test pictures could not be judged" in result.output
+
+    shutil.copytree(data / "ground_truth" / "scratch", data / "ground_truth" / "scratch" / "again")
+    shutil.copytree(data / "test" / "scratch", data / "test" / "scratch" / "more")
+    shutil.copytree(data / "test" / "scratch" / "more", data / "test" / "scratch" / "even more")
+    result = run("--model", model, "--data", data, "--output", tmp_path / "two")
+    assert result.exit_code == 1 and "not in the pixel metrics: " in result.output, result.output
+
+
 def test_a_category_whose_model_is_broken_is_listed(model: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, data.parent / "piece")
     for name in ("part", "piece"):

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from datasets.table import embed_table_storage
@@ -33,8 +33,28 @@ FEATURES = datasets.Features(
 )
 
 
+class Doubt(NamedTuple):
+    """What is wrong with a picture's mask.
+
+    Args:
+        category: the picture's.
+        split: the picture's; of one that is left out, as its publisher has it.
+        sentence: names the files, the cause and the cure.
+        left_out: whether the picture is.
+    """
+
+    category: str
+    split: str
+    sentence: str
+    left_out: bool
+
+
 def load_anomaly_dataset(
-    path: PathLike, layout: str = "auto", category: str | None = None, max_pixels: int = MAX_PIXELS
+    path: PathLike,
+    layout: str = "auto",
+    category: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    doubts: list[Doubt] | None = None,
 ) -> datasets.DatasetDict:
     """Load the pictures of one category, or of all.
 
@@ -57,6 +77,7 @@ def load_anomaly_dataset(
             - `"parquet"`: what [`export_parquet`] wrote.
         category: the sub-folder, where `path` holds several; `"all"` takes every one.
         max_pixels: masks of more are refused where they tell whether a picture is good.
+        doubts: takes the warnings below, instead of the log.
 
     Returns:
         Splits `train` and, where there are such pictures, `validation` (good ones that the publisher sets aside),
@@ -82,7 +103,7 @@ def load_anomaly_dataset(
         missing += absent
         if absent:
             continue
-        entries = _decided(entries, max_pixels)
+        entries = _decided(entries, max_pixels, name, doubts)
         if not any(entry.split == "train" for entry in entries):
             raise ValueError(f"{folder} has no pictures to train on; the layout {found_layout} was looked for")
         logger.info(describe(name, found_layout, entries))
@@ -175,17 +196,25 @@ def decide(entry: Entry, max_pixels: int = MAX_PIXELS) -> Entry:
     return entry._replace(defect_type=defect_type, split=split_of(entry.split, defect_type))
 
 
-def _decided(entries: list[Entry], max_pixels: int) -> list[Entry]:
+def _decided(entries: list[Entry], max_pixels: int, category: str, doubts: list[Doubt] | None) -> list[Entry]:
     undecided = any(entry.defect_type is None for entry in entries)
     decided = []
     for entry in tracked(entries, "reading masks", unit="mask", shown=undecided):
         if entry.unclear:
-            logger.warning(unclear_masks(entry))
+            _doubt(doubts, Doubt(category, entry.split, unclear_masks(entry), left_out=False))
         try:
             decided.append(decide(entry, max_pixels))
         except ImageFileError as error:
-            logger.warning("left out: %s, as its mask tells whether it is good: %s", shown(entry.picture), error)
+            sentence = f"left out: {shown(entry.picture)}, as its mask tells whether it is good: {error}"
+            _doubt(doubts, Doubt(category, entry.split, sentence, left_out=True))
     return decided
+
+
+def _doubt(doubts: list[Doubt] | None, doubt: Doubt) -> None:
+    if doubts is None:
+        logger.warning(doubt.sentence)
+    else:
+        doubts.append(doubt)
 
 
 def unclear_masks(entry: Entry) -> str:
@@ -227,8 +256,8 @@ def _cell(file: Path) -> dict[str, Any]:
         return {"bytes": None, "path": name}
     try:
         return {"bytes": file.read_bytes(), "path": name}
-    except OSError as error:
-        raise ImageFileError(f"{name}: the file cannot be read ({error.strerror}); check the path") from error
+    except OSError:  # is said when the file is needed
+        return {"bytes": None, "path": name}
 
 
 def export_parquet(dataset: datasets.DatasetDict, folder: PathLike) -> None:

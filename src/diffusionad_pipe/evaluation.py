@@ -390,8 +390,8 @@ def measure_category(
     rows: list[dict[str, Any]] = []
     maps: list[np.ndarray] = []
     masks: list[np.ndarray | None] = []
-    failures: list[str] = []
-    mask_failures: list[str] = []
+    failures: list[str] = list(pictures.left_out)
+    mask_failures: list[str] = list(pictures.unclear_masks)
     seconds, memory = [], 0
     unmasked, metrics_seconds = 0, 0.0
     for index, path in enumerate(pictures.paths):
@@ -442,7 +442,8 @@ def measure_category(
             f"{len(mask_failures)} of {len(rows)} pictures have a mask that cannot be used: not in the pixel metrics"
         )
     if failures:
-        remarks.append(f"{len(failures)} of {len(pictures)} test pictures could not be judged: not in any metric")
+        count = len(pictures) + len(pictures.left_out)
+        remarks.append(f"{len(failures)} of {count} test pictures could not be judged: not in any metric")
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UndefinedMetricWarning)

@@ -4,13 +4,14 @@ import hashlib
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from functools import cached_property
 
 import datasets
 import numpy as np
 from PIL import Image
 
-from .data import load_anomaly_dataset
+from .data import Doubt, load_anomaly_dataset
 from .image_files import MAX_PIXELS, open_cell
 from .masks import read_mask
 from .output_folder import sha256_of
@@ -23,13 +24,18 @@ class TestPictures:
         split: the split `test` of [`load_anomaly_dataset`].
         category: whose pictures.
         max_pixels: pictures and masks of more are refused before they are decoded.
+        doubts: about masks of this category.
     """
 
     __test__ = False  # pytest takes it for a test
 
-    def __init__(self, split: datasets.Dataset, category: str, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, split: datasets.Dataset, category: str, max_pixels: int = MAX_PIXELS, doubts: Sequence[Doubt] = ()
+    ) -> None:
         self.category = category
         self.max_pixels = max_pixels
+        self.left_out = [doubt.sentence for doubt in doubts if doubt.left_out]
+        self.unclear_masks = [doubt.sentence for doubt in doubts if not doubt.left_out]
         rows = split.select([index for index, name in enumerate(split["category"]) if name == category])
         self.paths, self.labels, self.defect_types = rows["path"], rows["label"], rows["defect_type"]
         self.cells = rows.cast_column("image", datasets.Image(decode=False)).cast_column(
@@ -97,11 +103,13 @@ def load_test_pictures(
     Raises:
         ValueError: names what is missing.
     """
-    splits = load_anomaly_dataset(data, category=category)
+    doubts: list[Doubt] = []
+    splits = load_anomaly_dataset(data, category=category, max_pixels=max_pixels, doubts=doubts)
     if "test" not in splits:
         raise ValueError(f"{data} has no test pictures, only good ones to train on: add test/good and test/<defect>")
     tested = set(splits["test"]["category"])
     untested = sorted({name for rows in splits.values() for name in rows.unique("category")} - tested)
     if untested:
         warnings.warn(f"without test pictures, and so not measured: {', '.join(untested)}", stacklevel=1)
-    return [TestPictures(splits["test"], name, max_pixels) for name in sorted(tested)]
+    its = {name: [doubt for doubt in doubts if doubt.category == name and doubt.split == "test"] for name in tested}
+    return [TestPictures(splits["test"], name, max_pixels, its[name]) for name in sorted(tested)]
