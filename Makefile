@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 MODEL := pretrained/hazelnut
 PICTURES := training/data/hazelnut_toy/hazelnut/test
 TRAIN := $(BIN)/accelerate launch --num_processes 1 training/train.py
-resume = $(if $(wildcard runs/$(1)/checkpoint-*),--resume_from_checkpoint latest)
 
 # A file at a time in each of two workers.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -40,12 +39,12 @@ space: $(VENV)/installed  ## the Gradio demo on this machine
 	$(BIN)/python spaces_demo/app.py
 
 train-hazelnut: $(VENV)/installed  ## train the shipped model again, in two runs (on, after an interruption)
-	$(TRAIN) --config training/configs/hazelnut_first.yaml --output_dir runs/hazelnut_first $(call resume,hazelnut_first)
-	$(TRAIN) --config training/configs/hazelnut.yaml --output_dir runs/hazelnut $(call resume,hazelnut)
+	$(TRAIN) --config training/configs/hazelnut_first.yaml --output_dir runs/hazelnut_first --resume_from_checkpoint latest
+	$(TRAIN) --config training/configs/hazelnut.yaml --output_dir runs/hazelnut --resume_from_checkpoint latest
 
 train-hazelnut-fast: $(VENV)/installed  ## train the fast model again: a teacher, then its student
-	$(TRAIN) --config training/configs/hazelnut_tiny.yaml --output_dir runs/hazelnut_tiny $(call resume,hazelnut_tiny)
-	$(TRAIN) --config training/configs/hazelnut_fast.yaml --output_dir runs/hazelnut_fast $(call resume,hazelnut_fast)
+	$(TRAIN) --config training/configs/hazelnut_tiny.yaml --output_dir runs/hazelnut_tiny --resume_from_checkpoint latest
+	$(TRAIN) --config training/configs/hazelnut_fast.yaml --output_dir runs/hazelnut_fast --resume_from_checkpoint latest
 
 evaluate: $(VENV)/installed  ## the figures of the README
 	$(BIN)/diffusionad evaluate --model $(MODEL) --data training/data/hazelnut_toy/hazelnut --output evaluation

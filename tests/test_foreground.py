@@ -1,5 +1,6 @@
 """Foreground mattes, of every provider."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,13 @@ from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from diffusionad_pipe.draws import sample_generator
-from diffusionad_pipe.foreground import random_foregrounds, segmentation_model_foreground, threshold_foreground
+from diffusionad_pipe.foreground import (
+    random_foregrounds,
+    segmentation_model_digest,
+    segmentation_model_foreground,
+    threshold_foreground,
+)
+from diffusionad_pipe.output_folder import OutputFolder
 from diffusionad_pipe.training_data import Pictures, foreground_mattes
 
 
@@ -42,7 +49,7 @@ def test_random_foregrounds() -> None:
 
 def pictures(folder: Path, count: int = 3) -> Pictures:
     names = [str(folder / "train" / "good" / f"{index:03d}.png") for index in range(count)]
-    return Pictures(names, torch.zeros(count, 3, 32, 32, dtype=torch.uint8))
+    return Pictures(names, torch.zeros(count, 3, 32, 32, dtype=torch.uint8), [""] * count)
 
 
 @pytest.mark.parametrize("layout", ["DISthresh", "thresh", "own"])
@@ -81,12 +88,38 @@ def test_mattes_from_a_segmentation_model(segformer: Path, tmp_path: Path) -> No
     image = torch.rand(3, 40, 56, generator=sample_generator(0))
     matte = segmentation_model_foreground(image, str(segformer))
     assert matte.shape == (1, 40, 56) and matte.min() > 0 and matte.max() < 1
-    cache = tmp_path / "foregrounds"
-    first = foreground_mattes("transformers", pictures(tmp_path), model=str(segformer), cache_dir=cache)
-    assert [path.name for path in sorted(cache.iterdir())] == ["00000_000.png", "00001_001.png", "00002_002.png"]
-    # The second time they come from the files, whatever the model.
-    second = foreground_mattes("transformers", pictures(tmp_path), model="no/such/model", cache_dir=cache)
-    assert torch.equal(first, second)
+    assert segmentation_model_digest(str(segformer)) == segmentation_model_digest(str(segformer))
+
+
+def test_mattes_are_kept_for_the_same_picture_and_model(segformer: Path, tmp_path: Path) -> None:
+    generator, folder = sample_generator(0), OutputFolder(tmp_path / "run", "train")
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), generator=generator).byte()
+    names = ["part.png", "Hub/parts[1]", "../odd:name\udcff.png"]
+
+    def mattes(order: list[int], model: Path = segformer) -> torch.Tensor:
+        chosen = Pictures([names[index] for index in order], pixels[order], [""] * len(order))
+        return foreground_mattes("transformers", chosen, model=str(model), cache=folder)
+
+    first = mattes([0, 1, 2])
+    files = sorted((tmp_path / "run" / "foregrounds").iterdir())
+    assert len(files) == 3 and all(folder.owns(f"foregrounds/{file.name}") for file in files)
+    assert torch.equal(mattes([0, 1, 2]), first)
+    for file in files:  # so that one sees where they come from
+        folder.write(f"foregrounds/{file.name}", Image.new("L", (32, 32), 77).save)
+    assert (mattes([2, 0]) == 77).all()  # wherever they stand
+
+    other = tmp_path / "other"
+    shutil.copytree(segformer, other)
+    torch.manual_seed(1)
+    network = SegformerForSemanticSegmentation.from_pretrained(segformer)
+    torch.nn.init.normal_(network.decode_head.classifier.bias)
+    network.save_pretrained(other)
+    assert not torch.equal(mattes([0, 1, 2], other), first)
+    assert len(list((tmp_path / "run" / "foregrounds").iterdir())) == 6
+    pixels[0] = 0  # another picture of the same name
+    again = mattes([0, 1, 2])
+    assert (again[0] != 77).any() and (again[1:] == 77).all()
+    assert len(list((tmp_path / "run" / "foregrounds").iterdir())) == 7
 
 
 def test_unusable_providers(tmp_path: Path) -> None:

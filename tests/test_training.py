@@ -23,6 +23,7 @@ from script_processes import ScriptProcess, run_ranks, run_script
 
 from diffusionad_pipe import DiffusionADPipeline, SegmentationUNet2DModel, open_image
 from diffusionad_pipe.acceleration import fastest_dtype
+from diffusionad_pipe.output_folder import OutputFolder
 
 ROOT = Path(__file__).parents[1]
 HAZELNUT = ROOT / "training" / "data" / "hazelnut_toy" / "hazelnut"
@@ -160,15 +161,15 @@ def test_a_kill_in_the_middle_of_a_save_resumes_bit_exact(trained: Path, config:
     output = tmp_path / "killed"
     with ScriptProcess(command(config, output), ENVIRONMENT) as process:
         process.wait_for((output / "checkpoint-0000002").exists)
-        writing, last = output / ".checkpoint-writing", output / "checkpoint-0000006"
-        process.wait_for(lambda: any(writing.glob("*")) or last.exists())
+        writing, last = output / ".diffusionad" / "unfinished", output / "checkpoint-0000006"
+        process.wait_for(lambda: any(writing.glob("*/*.safetensors")) or last.exists())
         process.send_signal(signal.SIGKILL)
         process.finish()
     result = run(command(config, output, "--resume_from_checkpoint", "latest"))
     assert result.returncode == 0 and "resumed from" in result.stderr, result.stderr
     assert_same_weights(trained, output)
     assert_same_weights(trained / "last", output / "last")
-    assert not (output / ".checkpoint-writing").exists()
+    assert not any((output / ".diffusionad" / "unfinished").iterdir())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
@@ -199,6 +200,9 @@ def test_resuming_from_the_checkpoint_before_a_damaged_one(trained: Path, config
     result = run(command(config, output, "--resume_from_checkpoint", "latest"))
     assert result.returncode == 0 and "DAMAGED" in result.stderr and "at step 4" in result.stderr, result.stderr
     assert_same_weights(trained, output)
+    assert run_folder.find_checkpoint(output, "latest") == output / "checkpoint-0000006"
+    aside = output / "checkpoint-0000006-set-aside-1"  # what was not as it was written is deleted by nobody
+    assert [path.name for path in aside.iterdir()] == ["optimizer.bin"] and str(aside) in result.stderr
 
 
 @pytest.mark.parametrize("processes, batch, accumulation", [(1, 1, 4), pytest.param(2, 2, 1, marks=pytest.mark.slow)])
@@ -306,7 +310,7 @@ def test_a_full_disk_ends_with_one_sentence_and_keeps_what_was_there(config: Pat
     result = run(command(config, output), {resource.RLIMIT_FSIZE: 600_000})
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "free some space and --resume_from_checkpoint latest" in result.stderr
-    assert not (output / ".checkpoint-writing").exists() and not run_folder.checkpoints(output)
+    assert not any((output / ".diffusionad" / "unfinished").iterdir()) and not run_folder.checkpoints(output)
 
 
 def test_a_full_disk_keeps_both_networks_of_the_pipeline_that_was_there(tmp_path: Path) -> None:
@@ -314,19 +318,19 @@ def test_a_full_disk_keeps_both_networks_of_the_pipeline_that_was_there(tmp_path
     output, before = tmp_path / "best", tmp_path / "before"
     pipe = build_tiny_pipeline()
     pipe.register_modules(segmentation=SegmentationUNet2DModel(base_channels=8))
-    run_folder.save_pipeline(pipe, output)
+    run_folder.save_pipeline(pipe, OutputFolder(output, "train"))
     shutil.copytree(output, before)
     size = (output / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     script = tmp_path / "save.py"
     script.write_text(
         "import sys\n"
-        "from pathlib import Path\n"
         "import run_folder, torch, train\n"
         "from diffusionad_pipe import DiffusionADPipeline\n"
+        "from diffusionad_pipe.output_folder import OutputFolder\n"
         "pipe = DiffusionADPipeline.from_pretrained(sys.argv[1])\n"
         "torch.nn.init.zeros_(pipe.unet.conv_out.weight)\n"
         "try:\n"
-        "    run_folder.save_pipeline(pipe, Path(sys.argv[2]))\n"
+        "    run_folder.save_pipeline(pipe, OutputFolder(sys.argv[2], 'train'))\n"
         "except Exception as error:\n"
         "    sys.exit(train.explain(error))\n"
     )
@@ -336,7 +340,8 @@ def test_a_full_disk_keeps_both_networks_of_the_pipeline_that_was_there(tmp_path
     result = run([str(script), str(before), str(output)])
     assert result.returncode == 0, result.stderr
     assert not DiffusionADPipeline.from_pretrained(output).unet.conv_out.weight.any()
-    assert sorted(path.name for path in output.iterdir()) == ["model_index.json", "scheduler", "segmentation", "unet"]
+    names = [".diffusionad", "model_index.json", "scheduler", "segmentation", "unet"]
+    assert sorted(path.name for path in output.iterdir()) == names
 
 
 @pytest.mark.slow
@@ -382,6 +387,9 @@ def test_tensorboard_gets_losses_and_pictures(config: Path, tmp_path: Path) -> N
     assert [event.step for event in events.Scalars("mask_loss")] == [1, 2]
     picture = events.Images("held_out")[0]
     assert (picture.width, picture.height) == Image.open(tmp_path / "tracked" / "samples" / "step-0000002.png").size
+    folder = OutputFolder(tmp_path / "tracked", "train")
+    for path in (tmp_path / "tracked" / "diffusionad").rglob("*"):
+        assert path.is_dir() or folder.owns(path.relative_to(folder.path).as_posix())
 
 
 def test_bfloat16_where_the_processor_has_it_else_a_warning(config: Path, tmp_path: Path) -> None:
@@ -419,7 +427,7 @@ def test_a_run_is_pushed_to_the_hub(config: Path, tmp_path: Path, hub_server: Hu
     [
         (["--train_data_dir", "no/such/folder"], "not a folder"),
         (["--texture_dir", "no/such/folder"], "no/such/folder"),
-        (["--resume_from_checkpoint", "latest"], "no checkpoint to resume from"),
+        (["--resume_from_checkpoint", "no/such/checkpoint"], "no checkpoint to resume from: no/such/checkpoint"),
         (["--block_out_channels", "30", "60"], "divisible"),
         (["--resolution", "40"], "multiple of 32"),
         (["--foreground", "folder"], "24 of 28 pictures have no matte"),

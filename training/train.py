@@ -9,6 +9,7 @@ calibrate both thresholds on them, and keep the best averaged weights as a pipel
 a run that was resumed ends like one that was not: bit for bit on a CPU, and on a GPU as far as its kernels repeat.
 """
 
+import ctypes
 import json
 import logging
 import math
@@ -16,11 +17,14 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast, set_seed
@@ -33,21 +37,36 @@ from diffusionad_pipe import DiffusionADPipeline, DiffusionADUNet2DModel, Segmen
 from diffusionad_pipe.acceleration import checked_cluster, compile_networks, is_out_of_memory, train_channels_last
 from diffusionad_pipe.calibration import Validation, smallest_rate, validate
 from diffusionad_pipe.freed_memory import keep_freed_memory
-from diffusionad_pipe.image_files import write_atomically
 from diffusionad_pipe.model_card import write_model_card
 from diffusionad_pipe.objective import distillation_losses, training_losses
+from diffusionad_pipe.output_folder import OutputError, OutputFolder
 from diffusionad_pipe.progress import ProgressBar, silence_libraries
 from diffusionad_pipe.publishing import push_model
 from diffusionad_pipe.training_plots import plot_losses, validation_grid
 
 sys.path.insert(0, str(Path(__file__).parent))  # which Python leaves out where PYTHONSAFEPATH is set
-from run_folder import empty_run, save_checkpoint, save_pipeline, start_run, store_run
+from run_folder import (
+    INDEX,
+    LOG,
+    LOSSES,
+    empty_run,
+    is_resumed,
+    record_trackers,
+    require_run_folder,
+    require_same_pictures,
+    save_checkpoint,
+    save_pipeline,
+    start_run,
+    store_run,
+    tracker_files,
+)
 from trained_networks import AveragedWeights, TrainedNetworks
 from training_config import TrainingConfig, parse_arguments, to_plain
 from training_setup import build_datasets, build_networks, fastest_precision, load_teacher, start_from_pretrained
 
 logger = logging.getLogger("train")
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -79,6 +98,19 @@ def outlive_sigterm(worker: int) -> None:
     Windows knows no such signal."""
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+
+
+def end_with_launcher() -> None:
+    """Let SIGTERM come when `diffusionad train`, which has launched this, dies of a SIGKILL: it could not say so."""
+    launcher = os.environ.get("DIFFUSIONAD_LAUNCHER", "")
+    if launcher.isdecimal() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        try:
+            is_gone = psutil.Process(int(launcher)).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            is_gone = True
+        if is_gone:
+            sys.exit(128 + signal.SIGTERM)
 
 
 def main(config: TrainingConfig) -> int:
@@ -133,7 +165,17 @@ def main(config: TrainingConfig) -> int:
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     if accelerator.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
-    output_dir = Path(config.output_dir)
+    folder = OutputFolder(config.output_dir, "train", "--output_dir")
+    if accelerator.is_main_process:
+        require_run_folder(folder)
+    with folder if accelerator.is_main_process else nullcontext():  # the first process has it for itself, and writes
+        return train(config, accelerator, folder)
+
+
+def train(config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder) -> int:
+    """The run itself; returns the exit code."""
+    output_dir = folder.path
+    sharded = accelerator.distributed_type == DistributedType.FSDP
 
     # 1. Networks from the seed, and pictures
     set_seed(config.seed)
@@ -141,15 +183,23 @@ def main(config: TrainingConfig) -> int:
     unet, segmentation, scheduler = build_networks(config, teacher)
     if source := config.pretrained_model_name_or_path or config.distill:
         start_from_pretrained({"unet": unet, "segmentation": segmentation}, source)
-    resume_from = start_run(config, accelerator)
+    resume_from = start_run(config, accelerator, folder)
     draws_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    dataset, validation, good_count, held_out_count = build_datasets(
-        config,
-        config.max_train_steps * draws_per_step,
-        accelerator.device if config.dataloader_num_workers == 0 else torch.device("cpu"),
-    )
-    if resume_from is None and accelerator.is_main_process:
-        empty_run(output_dir)
+    # Mattes of a model are made once; the other processes find them in the folder.
+    with accelerator.main_process_first() if config.foreground == "transformers" else nullcontext():
+        dataset, validation, pictures = build_datasets(
+            config,
+            config.max_train_steps * draws_per_step,
+            accelerator.device if config.dataloader_num_workers == 0 else torch.device("cpu"),
+            folder,
+            teacher,
+        )
+    good_count = len(pictures["pictures"])
+    held_out_count = sum(row["held_out"] for row in pictures["pictures"])
+    if resume_from is not None:
+        require_same_pictures(config, resume_from.parent, pictures)
+    if accelerator.is_main_process and not is_resumed(folder, resume_from):
+        empty_run(folder)
     logger.info("%d good pictures to train on, %d held out", good_count - held_out_count, held_out_count)
     if smallest_rate(held_out_count) > config.false_positive_rate:
         logger.warning(
@@ -193,8 +243,6 @@ def main(config: TrainingConfig) -> int:
     ema = AveragedWeights(networks.parameters(), decay=config.ema_decay, foreach=True)
     progress = Progress(accelerator.num_processes)
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
-    if config.report_to:
-        accelerator.init_trackers("diffusionad", config={k: str(v) for k, v in to_plain(config).items()})
     if resume_from is not None:
         accelerator.load_state(str(resume_from))
         logger.info("resumed from %s at step %d", resume_from, progress.step)
@@ -205,7 +253,12 @@ def main(config: TrainingConfig) -> int:
             )
         progress.processes = accelerator.num_processes
     if accelerator.is_main_process:
-        store_run(config, progress.step)
+        store_run(config, folder, pictures, progress.step)
+    known_files = tracker_files(folder)
+    if config.report_to:
+        settings = {name: str(value) for name, value in to_plain(config).items()}
+        # wandb alone would write into the working folder, pictures too.
+        accelerator.init_trackers("diffusionad", settings, {"wandb": {"dir": str(output_dir)}})
 
     # The loader brings all pictures of an optimizer step at once.
     remaining = Subset(dataset, range(progress.step * draws_per_step, len(dataset)))
@@ -237,8 +290,7 @@ def main(config: TrainingConfig) -> int:
     def log(step: int, entry: dict[str, float]) -> None:
         if not accelerator.is_main_process:
             return
-        with open(output_dir / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | entry) + "\n")
+        folder.append(LOG, json.dumps({"step": step} | entry) + "\n")
         accelerator.log(entry, step=step)
 
     def validate_and_save(step: int, weights: dict[str, torch.Tensor]) -> None:
@@ -254,22 +306,27 @@ def main(config: TrainingConfig) -> int:
         log(step, {f"validation_{name}": value for name, value in result.metrics.items()})
         logger.info("step %d, held-out pictures: %s", step, {k: round(v, 4) for k, v in result.metrics.items()})
         grid = validation_grid(pipeline, validation, result)
-        (output_dir / "samples").mkdir(exist_ok=True)
-        write_atomically(output_dir / "samples" / f"step-{step:07d}.png", grid.save)
+        folder.write(f"samples/step-{step:07d}.png", grid.save)
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 # [1, H, W, 3], which tensorboard alone must be told.
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"held_out": np.asarray(grid)[None]}, step=step, **layout)
+        record_trackers(folder, known_files)
 
         pipeline.register_to_config(image_threshold=result.image_threshold, pixel_threshold=result.pixel_threshold)
         pipeline.to(DTYPES[config.save_dtype])
         # A run that goes on from another folder's checkpoint has no pipeline yet.
-        if score > progress.best_score or not (output_dir / "model_index.json").is_file():
+        if score > progress.best_score or not (output_dir / INDEX).is_file():
             progress.best_score, progress.best_step, progress.best_metrics = score, step, result.metrics
-            save_pipeline(pipeline, output_dir)
+            save_pipeline(pipeline, folder)
         if step == config.max_train_steps:
-            save_pipeline(pipeline, output_dir / "last")
+            save_pipeline(pipeline, folder, "last")
+
+    def end_trackers() -> None:
+        accelerator.end_training()  # they write what they hold
+        if accelerator.is_main_process:
+            record_trackers(folder, known_files)
 
     # 3. Train. Ctrl-C and SIGTERM end the step, save and leave.
     stop_signals: list[int] = []
@@ -363,10 +420,10 @@ def main(config: TrainingConfig) -> int:
             if sharded:  # each process has BatchNorm statistics of its own, and any may write them: the first's
                 for buffer in networks.buffers():
                     broadcast(buffer)
-            save_checkpoint(accelerator, output_dir, step, config.checkpoints_total_limit)
+            save_checkpoint(accelerator, folder, step, config.checkpoints_total_limit)
         since += time.perf_counter() - paused  # the speed is that of training alone
         if stopping:
-            accelerator.end_training()  # trackers write what they hold
+            end_trackers()
             logger.info("stopped at step %d; go on with --resume_from_checkpoint latest", step)
             return 128 + (stop_signals or [signal.SIGTERM])[0]
     bar.close()
@@ -387,12 +444,12 @@ def main(config: TrainingConfig) -> int:
             hardware=f"{accelerator.num_processes} x {hardware}",
             validation=progress.best_metrics,
         )
-        plot_losses(output_dir / "log.jsonl", output_dir / "losses.png")
+        folder.write(LOSSES, partial(plot_losses, output_dir / LOG))
         logger.info("saved %s: the best of the validated weights, of step %d", output_dir, progress.best_step)
         if config.push_to_hub:
-            repository = push_model(output_dir, config.hub_model_id or output_dir.name)
+            repository = push_model(output_dir, config.hub_model_id or output_dir.resolve().name)
             logger.info("uploaded to %s", repository)
-    accelerator.end_training()
+    end_trackers()
     return 0
 
 
@@ -403,6 +460,8 @@ def explain(error: BaseException) -> str | None:
             "out of memory: lower --train_batch_size (raise --gradient_accumulation_steps to make up for it), "
             "use --gradient_checkpointing, or lower --resolution"
         )
+    if isinstance(error, OutputError):
+        return str(error)
     if any(sign in str(error) for sign in ("No space left", "File too large", "code: 28", "code: 27")):
         return f"the disk is full ({error}): free some space and --resume_from_checkpoint latest"
     # A worker that dies while it hands a batch over is a broken connection.
@@ -415,6 +474,7 @@ def explain(error: BaseException) -> str | None:
 
 
 if __name__ == "__main__":
+    end_with_launcher()
     settings = parse_arguments(sys.argv[1:], __doc__)
     try:
         sys.exit(main(settings))

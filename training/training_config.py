@@ -128,6 +128,11 @@ BOOKKEEPING = {
     "hub_model_id",
 }  # fmt: skip
 
+# Where pictures, textures and mattes come from; what they are is compared by their contents.
+SOURCES = {
+    "train_data_dir", "dataset_name", "category", "image_column", "texture_dir", "foreground_dir", "foreground_model",
+}  # fmt: skip
+
 
 def parse_arguments(arguments: list[str], description: str | None) -> TrainingConfig:
     """Defaults, then the preset, then the YAML file of --config, then flags."""
@@ -202,15 +207,22 @@ def parse_arguments(arguments: list[str], description: str | None) -> TrainingCo
     return config
 
 
-def changed_settings(config: TrainingConfig, stored: dict[str, typing.Any]) -> list[str]:
-    """Sentences on the settings of a stored run that differ and change what comes out."""
+def changed_settings(config: TrainingConfig, stored: dict[str, typing.Any], pictures_known: bool = False) -> list[str]:
+    """Sentences on the settings of a stored run that differ and change what comes out.
+
+    Args:
+        config: the settings now.
+        stored: those of the run, as YAML gives them.
+        pictures_known: whether the pictures themselves are compared, wherever they are.
+    """
+    ignored = BOOKKEEPING | SOURCES if pictures_known else BOOKKEEPING
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
     stored = to_plain(TrainingConfig(**{name: stored.get(name, default) for name, default in defaults.items()}))
     now = to_plain(config)
     return [
         f"{name}: {stored[name]!r} then, {now[name]!r} now"
         for name in now
-        if name not in BOOKKEEPING and stored[name] != now[name]
+        if name not in ignored and stored[name] != now[name]
     ]
 
 

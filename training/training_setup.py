@@ -2,12 +2,11 @@
 
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from run_folder import FOREGROUNDS
+from run_pictures import describe_pictures
 from training_config import TrainingConfig
 
 from diffusionad_pipe import (
@@ -18,6 +17,7 @@ from diffusionad_pipe import (
 )
 from diffusionad_pipe.acceleration import fastest_dtype
 from diffusionad_pipe.calibration import split_held_out
+from diffusionad_pipe.output_folder import OutputFolder
 from diffusionad_pipe.synthetic_dataset import SyntheticAnomalyDataset, validation_samples
 from diffusionad_pipe.training_data import foreground_mattes, read_good_pictures, read_textures
 from diffusionad_pipe.unet_2d_diffusionad import ATTENTION_SIZES
@@ -99,9 +99,21 @@ def load_teacher(source: str, config: TrainingConfig, device: torch.device) -> D
 
 
 def build_datasets(
-    config: TrainingConfig, draws: int, device: torch.device
-) -> tuple[SyntheticAnomalyDataset, list[dict[str, torch.Tensor]], int, int]:
-    """Training draws, validation samples, and how many good pictures there are and are held out."""
+    config: TrainingConfig,
+    draws: int,
+    device: torch.device,
+    folder: OutputFolder,
+    teacher: DiffusionADPipeline | None = None,
+) -> tuple[SyntheticAnomalyDataset, list[dict[str, torch.Tensor]], dict[str, Any]]:
+    """Training draws, validation samples, and what [`describe_pictures`] says of the pictures.
+
+    Args:
+        config: the settings.
+        draws: how many there are.
+        device: that they are made on.
+        folder: of the run, where mattes are cached.
+        teacher: of a student.
+    """
     side = config.resize_to or config.resolution
     pictures = read_good_pictures(
         config.train_data_dir,
@@ -119,7 +131,7 @@ def build_datasets(
         pictures,
         folder=config.foreground_dir,
         model=config.foreground_model,
-        cache_dir=Path(config.output_dir) / FOREGROUNDS,
+        cache=folder,
         max_pixels=config.max_pixels,
     )
 
@@ -152,4 +164,4 @@ def build_datasets(
     validation = validation_samples(
         **sources(is_held_out, side), repeats=config.validation_repeats, seed=config.seed + 1
     )
-    return training, validation, len(pictures.names), int(is_held_out.sum())
+    return training, validation, describe_pictures(config, pictures, is_held_out, teacher)

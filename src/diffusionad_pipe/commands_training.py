@@ -185,6 +185,7 @@ def train(context: typer.Context) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", str(script), *context.args]
     if os.name == "nt":  # there a process cannot become another one
         raise typer.Exit(subprocess.call(launch))
+    os.environ["DIFFUSIONAD_LAUNCHER"] = str(os.getpid())  # which stays
     os.execv(sys.executable, launch)  # so that signals reach it as if it had been started itself
 
 

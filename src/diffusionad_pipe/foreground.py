@@ -5,6 +5,8 @@ The paper uses salient-object mattes for objects and a random region for texture
 background by itself, `transformers` asks a segmentation model; `folder` reads mattes made elsewhere (`training_data`).
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from .draws import uniform
+from .weights_digest import weights_digest
 
 FOREGROUND_PROVIDERS = ("none", "random", "threshold", "folder", "transformers")
 
@@ -82,6 +85,21 @@ def _load_segmentation_model(model: str) -> tuple[Any, Any]:
             f"{model} is not a semantic segmentation model that transformers can load without remote code ({error}); "
             "give such a model, or use --foreground threshold"
         ) from error
+
+
+def segmentation_model_digest(model: str) -> str:
+    """What tells a segmentation model from others, wherever it lies and whatever it is called: a hash of its weights
+    and settings, as hexadecimal digits.
+
+    Args:
+        model: as in [`segmentation_model_foreground`].
+    """
+    (processor, network), digest = _load_segmentation_model(model), hashlib.sha256()
+    for config in (processor.to_dict(), network.config.to_dict()):
+        named = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+        digest.update(json.dumps(named, sort_keys=True, default=str).encode())
+    digest.update(weights_digest(network).encode())
+    return digest.hexdigest()
 
 
 @torch.inference_mode()

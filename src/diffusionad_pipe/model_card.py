@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .calibration import smallest_rate
-from .output_folder import edit_file
+from .output_folder import OutputFolder, edit_file
 from .shipped_files import find_shipped
 
 NO_RESULTS = "Not measured on test pictures yet."
@@ -51,6 +51,9 @@ def write_model_card(
         hours: that training took.
         hardware: that it ran on.
         validation: metrics of the kept weights on the held-out pictures, names of `METRIC_NAMES`.
+
+    Raises:
+        OutputError: when it cannot be written, or a card is there that training did not write.
     """
     index = _read_index(folder)
     dataset, samples = config["dataset_name"], f"samples/step-{best_step:07d}.png"
@@ -90,7 +93,7 @@ def write_model_card(
         or "The weights are under the licence of their training pictures"
         + (", and of the model that taught them." if teacher else "."),
     )
-    _save(folder, card)
+    OutputFolder(folder, "train", "--output_dir").write_text("README.md", _text_of(card))
 
 
 def write_plain_card(folder: str | os.PathLike[str], origin: str, name: str | None = None) -> None:
@@ -244,5 +247,8 @@ def _replace_section(folder: str | os.PathLike[str], card: ModelCard, title: str
 
 
 def _save(folder: str | os.PathLike[str], card: ModelCard) -> None:
-    text = re.sub("\n{3,}", "\n\n", str(card)).rstrip("\n") + "\n"  # what the template leaves out leaves gaps
-    edit_file(Path(folder) / "README.md", text)
+    edit_file(Path(folder) / "README.md", _text_of(card))
+
+
+def _text_of(card: ModelCard) -> str:
+    return re.sub("\n{3,}", "\n\n", str(card)).rstrip("\n") + "\n"  # what the template leaves out leaves gaps

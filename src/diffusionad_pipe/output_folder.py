@@ -205,12 +205,15 @@ class OutputFolder:
                 write(temporary)
             self.move_in(folder)
 
-    def write_tree(self, name: str, write: Callable[[Path], object]) -> Path:
+    def write_tree(
+        self, name: str, write: Callable[[Path], object], checksums: Mapping[str, str] | None = None
+    ) -> Path:
         """Write a folder with all that is in it, which appears as a whole. One of that name must not be there.
 
         Args:
             name: as in [`write`].
             write: fills the folder, made and empty, that it is called with.
+            checksums: sha256 of those files in it, by relative name, for which `write` has found it out already.
 
         Raises:
             OutputError: when it cannot be written, or is there.
@@ -220,31 +223,55 @@ class OutputFolder:
             write(folder)
             if os.path.lexists(place):
                 raise OutputError(f"{place} is there already; remove it, or choose another {self.option}")
-            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-            self._add({f"{name}/{file.relative_to(folder).as_posix()}": self._content(file) for file in files})
+            files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+            known = checksums or {}
+            self._add({f"{name}/{inner}": self._content(path, known.get(inner)) for inner, path in files.items()})
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(folder, place)
         return place
 
-    def move_in(self, folder: Path, name: str = "") -> None:
-        """Put the files of a temporary folder into their places, one by one, in place of older ones of ours.
+    def move_in(self, folder: Path, name: str = "", last: str | None = None) -> None:
+        """Put the files of a temporary folder into their places, in place of older ones of ours.
 
         Args:
             folder: of [`temporary`].
             name: of the sub-folder that they come into; the folder itself by default.
+            last: the file of them that says that all are there. The older one goes first and the new one comes last, so
+                that a mixture of both never passes as whole.
 
         Raises:
-            OutputError: when one of them would replace something that is not ours, before any is moved.
+            OutputError: when one of them would replace something that is not ours, or the disk is full, before any is
+                moved.
         """
         files = {
             str(PurePosixPath(name, file.relative_to(folder).as_posix())): file
             for file in sorted(folder.rglob("*"))
             if file.is_file()
         }
+        marker = str(PurePosixPath(name, last)) if last is not None else None
+        files = dict(sorted(files.items(), key=lambda entry: entry[0] == marker))
         self.require_free(*files)
         with self._explained(self.path):
+            self._add({own: self._content(file) for own, file in files.items()})
+            for own in files:
+                self._place(own).parent.mkdir(parents=True, exist_ok=True)
+            if marker is not None:
+                self._place(marker).unlink(missing_ok=True)
             for own, file in files.items():
-                self._move(file, own)
+                os.replace(file, self._place(own))
+
+    def move_aside(self, name: str) -> Path:
+        """Give what is left of an own sub-folder, and is not as we wrote it, a name that is free.
+
+        Returns:
+            Where it is now.
+        """
+        place, number = self._place(name), 1
+        while os.path.lexists(aside := place.with_name(f"{place.name}-set-aside-{number}")):
+            number += 1
+        with self._explained(place):
+            os.rename(place, aside)
+        return aside
 
     def open_growing(self, name: str) -> Path:
         """The path of a file that is appended to, such as a log: recorded as ours, whatever its content will be."""
@@ -267,9 +294,21 @@ class OutputFolder:
         with self._explained(place):
             append_whole(place, text)
 
-    def adopt(self, *files: Path) -> None:
-        """Record files below this folder that others have written for us as they are now: a tracker's, say."""
-        self._add({file.relative_to(self.path).as_posix(): self._content(file) for file in files})
+    def adopt(self, *files: Path, growing: bool = False) -> None:
+        """Record files below this folder that others have written for us: a tracker's, say.
+
+        Args:
+            files: that are there.
+            growing: whether they are ours whatever their content will be; else as they are now.
+        """
+        names = {file.relative_to(self.path).as_posix(): file for file in files}
+        self._add(
+            {
+                name: Content(-1, 0, "", self.writer) if growing else self._content(file)
+                for name, file in names.items()
+                if not any(UNSAFE.search(part) for part in file.relative_to(self.path).parts)
+            }
+        )
 
     def remove(self, name: str) -> bool:
         """Delete an own file; one that is not ours, or was changed, stays.
@@ -315,9 +354,9 @@ class OutputFolder:
             raise ValueError(f"{name!r} is no name for a file in an output folder")  # a fault of ours
         return self.path.joinpath(*parts)
 
-    def _content(self, file: Path) -> Content:
+    def _content(self, file: Path, sha256: str | None = None) -> Content:
         status = os.stat(file)
-        return Content(status.st_size, status.st_mtime_ns, sha256_of(file), self.writer)
+        return Content(status.st_size, status.st_mtime_ns, sha256 or sha256_of(file), self.writer)
 
     def _move(self, temporary: Path, name: str) -> None:
         """The record comes first: whoever kills us in between leaves a line too many, and no file of nobody's."""

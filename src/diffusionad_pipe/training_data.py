@@ -1,7 +1,7 @@
 """What training reads: good pictures, textures and foreground mattes, decoded once and kept in memory."""
 
+import hashlib
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
@@ -9,23 +9,31 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import datasets
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from tqdm.auto import tqdm
+from PIL import ExifTags, Image
 
 from .data import load_anomaly_dataset
 from .data_layouts import REFERENCE_FOREGROUNDS
-from .foreground import FOREGROUND_PROVIDERS, segmentation_model_foreground, threshold_foreground
-from .image_files import MAX_PIXELS, ImageFileError, find_images, open_cell, open_image, shown, write_atomically
+from .foreground import (
+    FOREGROUND_PROVIDERS,
+    segmentation_model_digest,
+    segmentation_model_foreground,
+    threshold_foreground,
+)
+from .image_files import MAX_PIXELS, ImageFileError, find_images, open_cell, open_image, shown
 from .image_processor import DiffusionADImageProcessor
 from .masks import read_matte
+from .output_folder import OutputFolder, safe_name, sha256_of
+from .progress import tracked
 
 logger = logging.getLogger(__name__)
 
 Source: TypeAlias = Image.Image | str | Mapping[str, Any]
 
 SHIPPED_TEXTURES = Path(__file__).parent / "textures"
+FOREGROUNDS = "foregrounds"  # where mattes are cached
 
 
 class Pictures(NamedTuple):
@@ -34,10 +42,12 @@ class Pictures(NamedTuple):
     Args:
         names: N paths or row numbers.
         pixels: `[N, 3, H, W]` uint8.
+        digests: N hashes of what they were before they were resized: of files, or of pictures that have none.
     """
 
     names: list[str]
     pixels: torch.Tensor
+    digests: list[str]
 
 
 def read_pictures(
@@ -61,11 +71,12 @@ def read_pictures(
         ValueError: when more than that share, or every picture, is unreadable.
     """
     processor = DiffusionADImageProcessor()
-    names, pixels, count = [], [], 0
-    for name, source in tqdm(sources, desc=f"reading {what}", unit="picture", leave=False):
+    names, pixels, digests, count = [], [], [], 0
+    for name, source in tracked(sources, f"reading {what}", "picture"):
         count += 1
         try:
             picture, _ = processor.preprocess(_open(source, name, max_pixels), resolution, resolution)
+            digest = digest_of(source)
         except ImageFileError as error:
             logger.warning("left out: %s", error)
         except (ValueError, OSError) as error:
@@ -73,6 +84,7 @@ def read_pictures(
         else:
             names.append(name)
             pixels.append((picture[0] * 255).round().byte())
+            digests.append(digest)
     if not pixels:
         raise ValueError(f"none of the {count} {what} could be read")
     if count - len(pixels) > max_unreadable * count:
@@ -80,7 +92,21 @@ def read_pictures(
             f"{count - len(pixels)} of {count} {what} could not be read, which is more than {max_unreadable:.0%}: "
             "repair or remove them, or allow more with --max_unreadable"
         )
-    return Pictures(names, torch.stack(pixels))
+    return Pictures(names, torch.stack(pixels), digests)
+
+
+def digest_of(source: Source) -> str:
+    """A hash of a picture, as hexadecimal digits: of its file, or where it has none of its pixels and their meaning."""
+    if isinstance(source, Mapping):
+        content = source.get("bytes")
+        return hashlib.sha256(content).hexdigest() if content is not None else sha256_of(source["path"])
+    if isinstance(source, str):
+        return sha256_of(source)
+    meaning = source.mode, source.size, source.getexif().get(ExifTags.Base.Orientation)
+    digest = hashlib.sha256(repr(meaning).encode())
+    digest.update(bytes(source.getpalette() or ()))
+    digest.update(source.tobytes())
+    return digest.hexdigest()
 
 
 def _open(source: Source, name: str, max_pixels: int) -> Image.Image:
@@ -147,13 +173,18 @@ def read_textures(folder: str | None, resolution: int, max_pixels: int = MAX_PIX
     return read_pictures(sources, resolution, what="textures", max_pixels=max_pixels).pixels
 
 
+def textures_digest(folder: str | None) -> str | None:
+    """A hash of the files that [`read_textures`] reads, in their order; None where that is none."""
+    return None if folder == "none" else _digest_of_files(find_images([folder or SHIPPED_TEXTURES]))
+
+
 def foreground_mattes(
     provider: str,
     pictures: Pictures,
     *,
     folder: str | None = None,
     model: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache: OutputFolder | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> torch.Tensor | Literal["random"] | None:
     """Where synthetic anomalies may be, as [`SyntheticAnomalyDataset`] takes it.
@@ -164,7 +195,8 @@ def foreground_mattes(
         folder: mattes of the provider `folder`, found by the pictures' stems; None looks for the authors' `DISthresh`
             or `thresh` beside the folder `train`.
         model: Hub id or folder of a semantic segmentation model of transformers, for that provider.
-        cache_dir: where mattes of such a model are kept as PNG files, to be looked at and not computed again.
+        cache: where mattes of such a model are kept, in the sub-folder `FOREGROUNDS`, to be looked at and not computed
+            again for the same picture and model.
         max_pixels: mattes of more are refused.
 
     Returns:
@@ -186,18 +218,38 @@ def foreground_mattes(
     if provider == "transformers":
         if not model:
             raise ValueError("the foreground provider transformers needs --foreground_model, a Hub id or a folder")
-        cache = (
-            [Path(cache_dir) / f"{i:05d}_{Path(n).stem}.png" for i, n in enumerate(pictures.names)] if cache_dir else []
-        )
-        if cache and all(path.is_file() for path in cache):
-            return _read_mattes(cache, resolution)
-        mattes = [segmentation_model_foreground(p.float() / 255, model) for p in tqdm(pictures.pixels, desc="mattes")]
-        result = (torch.stack(mattes) * 255).round().byte()
-        for path, matte in zip(cache, result):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, Image.fromarray(matte[0].numpy()).save)
-        return result
+        digest = segmentation_model_digest(model)
+        mattes = []
+        for name, pixels in zip(tracked(pictures.names, "making mattes", "matte"), pictures.pixels):
+            key = hashlib.sha256(digest.encode() + repr(pixels.shape).encode() + pixels.numpy().tobytes()).hexdigest()
+            file = f"{FOREGROUNDS}/{safe_name(Path(name).stem)}-{key[:16]}.png"
+            if cache is not None and cache.owns(file):
+                mattes.append(torch.from_numpy(np.array(open_image(cache.path / file)))[None])
+                continue
+            matte = (segmentation_model_foreground(pixels.float() / 255, model) * 255).round().byte()
+            if cache is not None:
+                cache.write(file, Image.fromarray(matte[0].numpy()).save)
+            mattes.append(matte)
+        return torch.stack(mattes)
     raise ValueError(f"foreground must be one of {', '.join(FOREGROUND_PROVIDERS)}, not {provider!r}")
+
+
+def mattes_digest(
+    provider: str, names: Sequence[str], *, folder: str | None = None, model: str | None = None
+) -> str | None:
+    """A hash of what [`foreground_mattes`] takes beside the pictures, files or a model; None where that is nothing.
+
+    Args:
+        provider, folder, model: as there.
+        names: of the pictures.
+    """
+    if provider == "folder":
+        return _digest_of_files(_find_mattes(names, folder))
+    return segmentation_model_digest(model) if provider == "transformers" and model else None
+
+
+def _digest_of_files(paths: Iterable[Path]) -> str:
+    return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
 
 
 def _find_mattes(names: Sequence[str], folder: str | None) -> list[Path]:

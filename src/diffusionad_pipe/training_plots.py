@@ -9,7 +9,6 @@ from PIL import Image
 
 from .calibration import Validation
 from .figures import import_matplotlib
-from .image_files import write_atomically
 from .image_processor import DiffusionADImageProcessor
 from .pipeline_diffusionad import DiffusionADPipeline
 
@@ -39,7 +38,7 @@ def validation_grid(
 
 
 def plot_losses(log: Path, path: Path) -> None:
-    """Plot both losses and the validation figures of a `log.jsonl`."""
+    """Plot both losses and the validation figures of a `log.jsonl` into a picture file."""
     import_matplotlib()
     from matplotlib.figure import Figure
 
@@ -57,4 +56,4 @@ def plot_losses(log: Path, path: Path) -> None:
         axes.grid(alpha=0.3)
     losses.set_yscale("log")
     figures.set_xlabel("step")
-    write_atomically(path, figure.savefig)
+    figure.savefig(path)
