@@ -22,7 +22,7 @@ from .calibration import store_thresholds
 from .console import USER_ERRORS, Console, MaxPixels, fail, needed_packages, output_console
 from .model_card import describe_thresholds, write_thresholds
 from .output_folder import OutputError, OutputFolder, edit_file, require_editable
-from .picture_sources import PictureSource, find_files, find_rows, from_file, watch_folders
+from .picture_sources import PictureSource, find_files, find_rows, watch_folders
 from .pipeline_diffusionad import DiffusionADPipeline
 from .prediction import Drawings, MapFormat, fingerprint, judge
 from .prediction_folder import PredictionFolder, Row, append_share, even_shares
@@ -117,8 +117,8 @@ def predict(
     """Find defects in pictures.
 
     Writes a drawing for each picture, and one table. A picture that cannot be read is reported and skipped. The same
-    command again goes on after an interruption: what was judged with this model and these settings, and has not
-    changed since, is skipped.
+    command again goes on after an interruption: pictures whose content was judged with this model and these settings
+    are skipped, and so is what diffusionad drew itself. Only files that the command wrote itself are overwritten.
 
     `accelerate launch --module diffusionad_pipe.cli predict` takes the same options and shares the pictures among
     processes and machines, which must see the same folders. The table is the same; --parquet writes one file each.
@@ -161,60 +161,66 @@ def predict(
             "pixel-threshold": pipe.config.pixel_threshold, "panels": panels, "maps": maps, "masks": masks,
             "dtype": str(pipe.unet.dtype).removeprefix("torch."), "tiling": pipe.tiling and list(pipe.tiling),
         }  # fmt: skip
-        folder = PredictionFolder(output, settings, overwrite) if state.is_main_process else None
+        drawings = Drawings(panels, maps, masks, max_pixels)
+        folder = OutputFolder(output, "predict")
     except USER_ERRORS as error:
         fail(error)
 
-    drawings = Drawings(panels, maps, masks, max_pixels)
-    store = folder.add if folder is not None else partial(append_share, output, state.process_index)
-    # What lies in the output folder was drawn here, and is no picture to judge.
-    own = output.resolve()
-    rounds: Iterable[list[PictureSource]] = (
-        watch_folders([Path(name) for name in pictures or []]) if watch else [sources]
-    )
+    results, failure, interrupted = None, None, False
     asked_for: dict[str, None] = {}
-    interrupted = False
-    try:
-        for found in rounds:
-            found = [s for s in found if s.file is None or own not in s.file.resolve().parents]
-            asked_for |= dict.fromkeys(source.name for source in found)
-            todo, names = found, {}
-            if folder is not None:
-                todo = [source for source in found if not folder.is_judged(source)]
-                names = folder.name_outputs(todo)
-            if state.num_processes > 1:
-                # All have found the same, but the others may see drawings that are already being written anew.
-                wanted, names = broadcast_object_list([{source.name for source in todo}, names])
-                todo = [source for source in found if source.name in wanted]
-            if len(todo) < len(found):
-                console.print(
-                    f"{len(found) - len(todo)} of {len(found)} pictures were judged before with this model and these "
-                    "settings, and are skipped"
-                )
-            if todo:
-                _judge_share(pipe, todo, names, output, store, drawings, batch_size, console, each=watch)
-            if watch and todo and folder is not None:
-                folder.write_tables(int(parquet))
-        state.wait_for_everyone()
-        if folder is not None:
-            folder.take_shares()
-    except KeyboardInterrupt:
-        interrupted = True
-    except USER_ERRORS as error:
-        fail(error, 1)
-    finally:  # what is done is written, whatever happened
-        if folder is not None:
-            folder.order(asked_for)
-            folder.write_tables(state.num_processes if parquet else 0)
-
-    if folder is None:
+    with ExitStack() as stack:
+        try:
+            if state.is_main_process:
+                results = PredictionFolder(stack.enter_context(folder), settings, drawings.endings, overwrite)
+        except USER_ERRORS as error:
+            fail(error)
+        store = results.add if results is not None else partial(append_share, folder, state.process_index)
+        rounds: Iterable[list[PictureSource]] = (
+            watch_folders([Path(name) for name in pictures or []]) if watch else [sources]
+        )
+        try:
+            for found in rounds:
+                asked_for |= dict.fromkeys(source.name for source in found)
+                todo, names = found, {}
+                if results is not None:
+                    todo = [source for source in found if not results.is_judged(source)]
+                    names = results.name_outputs(todo)
+                if state.num_processes > 1:
+                    # All have found the same, but the others may see drawings that are already being written anew.
+                    wanted, names = broadcast_object_list([{source.name for source in todo}, names])
+                    todo = [source for source in found if source.name in wanted]
+                if len(todo) < len(found):
+                    console.print(
+                        f"{len(found) - len(todo)} of {len(found)} pictures were judged before with this model and "
+                        "these settings, and are skipped"
+                    )
+                if todo:
+                    _judge_share(pipe, todo, names, folder, store, drawings, batch_size, console, each=watch)
+                if watch and todo and results is not None:
+                    results.write_tables(int(parquet))
+            state.wait_for_everyone()
+            if results is not None:
+                results.take_shares()
+        except KeyboardInterrupt:
+            interrupted = True
+        except USER_ERRORS as error:
+            failure = error
+        if results is not None:  # what is done is written, whatever happened
+            results.order(asked_for)
+            try:
+                results.write_tables(state.num_processes if parquet else 0)
+            except OSError as error:
+                failure = failure or error
+    if failure is not None:
+        fail(failure, 1)
+    if results is None:
         raise typer.Exit(130 if interrupted else 0)
-    rows = [folder.rows[name] for name in asked_for if name in folder.rows]
+    rows = [results.rows[name] for name in asked_for if name in results.rows]
     _print_table(rows, output, console)
     if interrupted and not watch:
         console.print(f"interrupted: {len(rows)} of {len(asked_for)} pictures are done; the same command goes on")
         raise typer.Exit(130)
-    if any(row["error"] for row in rows):
+    if not rows or any(row["error"] for row in rows):
         raise typer.Exit(1)
     if fail_on_defect and any(row["decision"] == "defective" for row in rows):
         raise typer.Exit(3)
@@ -418,9 +424,10 @@ def _find_sources(
     if dataset:
         with needed_packages(), PartialState().main_process_first():  # which downloads it, if need be
             return find_rows(dataset, split, image_column)
-    # The main process alone has the standard input, and a folder may change while the others look into it.
-    files = [source.place for source in find_files(pictures, sys.stdin)] if PartialState().is_main_process else []
-    return [from_file(file) for file in broadcast_object_list([files])[0]]
+    found: list[PictureSource] = []
+    if PartialState().is_main_process:  # which alone has the standard input; and a folder may change meanwhile
+        found = find_files(pictures, None if sys.stdin is None else sys.stdin.buffer)
+    return broadcast_object_list([found])[0]
 
 
 def _load(model: str, device: str | None, dtype: Dtype = Dtype.float32) -> DiffusionADPipeline:
@@ -436,7 +443,7 @@ def _judge_share(
     pipe: DiffusionADPipeline,
     sources: Sequence[PictureSource],
     names: Mapping[str, str],
-    output: Path,
+    folder: OutputFolder,
     store: Callable[[Sequence[Row]], None],
     drawings: Drawings,
     batch_size: int,
@@ -455,7 +462,7 @@ def _judge_share(
         for start in starts[share.start : share.stop]:
             batch = sources[start : start + batch_size]
             with explained_out_of_memory(f"--batch-size {batch_size}", "a lower one; what was judged is kept"):
-                rows = judge(pipe, batch, names, output, drawings, batch_size)
+                rows = judge(pipe, batch, names, folder, drawings, batch_size)
             store(rows)
             bar.update(len(batch))
             for row in rows if each else ():

@@ -4,10 +4,7 @@ import logging
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
-from io import BytesIO
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -147,6 +144,7 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     Raises:
         ImageFileError: if a path does not exist, or a folder cannot be read or has no pictures.
     """
+<<<<<<< HEAD
     found: dict[str, Path] = {}
     products, left_out = OwnProducts(), 0
     for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
@@ -168,6 +166,38 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
             raise ImageFileError(f"{shown(path)}: {sentence}; give other pictures")
         logger.warning(sentence)
     return list(found.values())
+=======
+    paths = [paths] if isinstance(paths, str | os.PathLike) else paths
+    found = {os.path.abspath(file): file for path in paths for file in list_pictures(path)}
+    pictures = without_products(list(found.values()))
+    if found and not pictures:
+        first = shown(next(iter(found.values())))
+        raise ImageFileError(f"{first}: diffusionad wrote it itself; give pictures to look at")
+    return pictures
+
+
+def list_pictures(path: PathLike, failures: list[str] | None = None) -> list[Path]:
+    """[`find_images`] for one path, with what this package wrote itself; `failures` as of [`search_folder`]."""
+    if not os.path.lexists(path):
+        raise ImageFileError(f"{shown(path)}: there is no such file or folder; check the path")
+    files = search_folder(path, failures) if os.path.isdir(path) else [Path(path)]
+    if not files and not failures:
+        raise ImageFileError(
+            f"{shown(path)}: this folder has no pictures; their names must end in one of {' '.join(IMAGE_SUFFIXES)}"
+        )
+    return files
+
+
+def without_products(files: Sequence[Path]) -> list[Path]:
+    """The files that this package did not write itself; a warning counts the others."""
+    products = OwnProducts()
+    kept = [file for file in files if file not in products]
+    if len(kept) < len(files):
+        logger.warning(
+            f"{len(files) - len(kept)} pictures are left out, which diffusionad wrote itself: drawings, maps, masks or "
+            "samples"
+        )
+    return kept
 
 
 def search_folder(folder: PathLike, failures: list[str] | None = None) -> list[Path]:

@@ -28,7 +28,7 @@ RUN_SECONDS = 3.0  # a killed run's workers may live on for a moment, and hold i
 RECORD_SECONDS = 60.0  # for which a line is written to the record
 SUPERSEDED = 1000  # lines of contents that are no more, from which on the record is written anew
 
-LONGEST_NAME = 200  # bytes; file systems take 255, and others add endings of their own
+LONGEST_NAME = 200  # bytes of a file's; file systems take 255, and other programs add endings of their own
 LONGEST_TEXT = 100  # of a name that came as text
 UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff/\\:*?"<>|]')
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows

@@ -3,19 +3,24 @@
 Nothing is opened here: a source says what a picture is called and how it is read.
 """
 
+import codecs
 import glob
+import hashlib
 import io
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
-from .image_files import ImageFileError, decode_image, find_images, open_image, search_folder
+from .image_files import ImageFileError, decode_image, list_pictures, open_image, search_folder, without_products
+from .output_folder import LONGEST_NAME, OwnProducts, folded, safe_name, sha256_of
 
+LONGEST_ENDING = 20  # bytes of what follows an output's name: a number, `_map.npy`
 WATCH_SECONDS = 1.0  # between two looks at a watched folder
 
 
@@ -25,47 +30,98 @@ class PictureSource(NamedTuple):
     Args:
         name: what tables call it: its path, or `dataset[split][row]`.
         place: what its outputs are named after; for a file its path.
-        file: whose time of change is the picture's; None for a row on the Hub.
         read: called with the largest number of pixels, gives the decoded picture or raises ImageFileError.
+        sha256: of the bytes that it is decoded from, whatever its name; raises OSError.
+        file: that must not change while it is read; None for a row of a dataset.
     """
 
     name: str
     place: Path
-    file: Path | None
     read: Callable[[int], Image.Image]
+    sha256: Callable[[], str]
+    file: Path | None = None
 
 
-def find_files(arguments: Iterable[str], listed: Iterable[str] = ()) -> list[PictureSource]:
+def find_files(arguments: Iterable[str], listed: BinaryIO | None = None) -> list[PictureSource]:
     """The pictures that the arguments of a command stand for.
+
+    What this package wrote itself is left out, see [`find_images`]. What stands for no picture is a source too, whose
+    reading fails: one wrong name must not stop a thousand right ones.
 
     Args:
         arguments: files, folders (searched as [`find_images`] does), patterns such as `"line_3/**/*.png"`, and `"-"`.
-        listed: the lines that `"-"` stands for, a file each. Those that are missing are found out when they are read:
-            one wrong line must not stop a thousand right ones.
+        listed: what `"-"` stands for: paths, one on each line or with NUL between, as `find -print0` writes them.
 
     Raises:
-        ImageFileError: names the argument that stands for no picture, and the cure.
+        ImageFileError: when nothing is found at all; names the first argument that stands for no picture, and the cure.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, PictureSource] = {}
+    problems: list[ImageFileError] = []
     for argument in arguments:
-        if argument == "-":
-            files = [Path(line) for line in (line.rstrip("\r\n") for line in listed) if line]
-            if not files:
-                raise ImageFileError("-: no paths came on the standard input; write one on each line")
-        elif glob.has_magic(argument) and not os.path.exists(argument):
-            files = find_images(sorted(glob.glob(argument, recursive=True)))
-            if not files:
-                raise ImageFileError(f"{argument}: no file has a name like this; check the pattern")
-        else:
-            files = find_images(argument)
-        for file in files:
-            found.setdefault(os.path.abspath(file), file)
-    return [from_file(file) for file in found.values()]
+        try:
+            if argument == "-":
+                sources = [from_file(file) for file in _read_list(listed)]
+            elif glob.has_magic(argument) and not os.path.lexists(argument):
+                sources = [source for place in _match(argument) for source in _find(Path(place), problems)]
+            else:
+                sources = _find(Path(argument), problems)
+        except ImageFileError as error:
+            problems.append(error)
+            sources = [_unreadable(Path(argument), error)]
+        for source in sources:
+            found.setdefault(os.path.abspath(source.place), source)
+    kept = {os.path.abspath(file) for file in without_products([source.place for source in found.values()])}
+    pictures = [source for place, source in found.items() if place in kept]
+    if len(pictures) == len(problems):
+        raise (
+            problems[0]
+            if problems
+            else ImageFileError(f"all {len(found)} pictures were written by diffusionad itself; give other pictures")
+        )
+    return pictures
+
+
+def _find(place: Path, problems: list[ImageFileError]) -> list[PictureSource]:
+    """The pictures of one file or folder, or what fails in place of them."""
+    try:
+        return [from_file(file) for file in list_pictures(place)]
+    except ImageFileError as error:
+        problems.append(error)
+        return [_unreadable(place, error)]
+
+
+def _match(pattern: str) -> list[str]:
+    if not (places := sorted(glob.glob(pattern, recursive=True))):
+        raise ImageFileError(f"{pattern}: no file has a name like this; check the pattern")
+    return places
+
+
+def _read_list(listed: BinaryIO | None) -> list[Path]:
+    """The paths of a list, which may begin with a byte-order mark. Those that are missing are found out when they are
+    read."""
+    content = b"" if listed is None else listed.read().removeprefix(codecs.BOM_UTF8)
+    lines = content.split(b"\0") if b"\0" in content else content.replace(b"\r\n", b"\n").split(b"\n")
+    if not (paths := [Path(os.fsdecode(line)) for line in lines if line.strip()]):
+        raise ImageFileError("-: no paths came on the standard input; write one on each line")
+    return paths
 
 
 def from_file(file: Path) -> PictureSource:
     """A picture that is a file."""
-    return PictureSource(str(file), file, file, lambda max_pixels: open_image(file, max_pixels=max_pixels))
+    return PictureSource(str(file), file, partial(_open, file), partial(sha256_of, file), file)
+
+
+def _open(file: Path, max_pixels: int) -> Image.Image:
+    return open_image(file, max_pixels=max_pixels)
+
+
+def _unreadable(place: Path, error: ImageFileError) -> PictureSource:
+    """What stands for no picture, and says so when it is to be read."""
+    return PictureSource(str(place), place, partial(_fail, error), partial(_fail, FileNotFoundError(place)))
+
+
+def _fail(error: Exception, *_: object) -> Any:
+    raise error
 
 
 def find_rows(dataset: str, split: str | None = None, column: str = "image") -> list[PictureSource]:
@@ -108,13 +164,18 @@ def find_rows(dataset: str, split: str | None = None, column: str = "image") -> 
         ) from error
     place = Path(path.stem if is_file else path.name, str(split))
 
+    def name(index: int) -> str:
+        return f"{dataset}[{split}][{index}]"
+
     def read(index: int, max_pixels: int) -> Image.Image:
-        return _read_cell(rows[index][column], f"{dataset}[{split}][{index}]", max_pixels)
+        return _read_cell(rows[index][column], name(index), max_pixels)
+
+    def sha256(index: int) -> str:
+        cell = rows[index][column] or {}
+        return sha256_of(cell["path"]) if cell.get("bytes") is None else hashlib.sha256(cell["bytes"]).hexdigest()
 
     return [
-        PictureSource(
-            f"{dataset}[{split}][{index}]", place / f"{index:06d}", path if is_file else None, partial(read, index)
-        )
+        PictureSource(name(index), place / f"{index:06d}", partial(read, index), partial(sha256, index))
         for index in range(len(rows))
     ]
 
@@ -135,17 +196,19 @@ def watch_folders(folders: Sequence[Path], seconds: float = WATCH_SECONDS) -> It
     Raises:
         ImageFileError: when a folder is missing.
     """
-    seen: dict[Path, tuple[int, int]] = {}
+    seen: dict[Path, tuple[int, int]] = {}  # what this package wrote is left out, as everywhere
     given: dict[Path, tuple[int, int]] = {}
     while True:
-        states = {}
+        states, products = {}, OwnProducts()
         for folder in folders:
             if not folder.is_dir():
                 raise ImageFileError(f"{folder}: there is no such folder to watch; check the path")
             for file in search_folder(folder):
                 try:
                     status = file.stat()
-                except FileNotFoundError:  # gone already
+                except OSError:  # gone already, or a loop of links
+                    continue
+                if file in products:
                     continue
                 states[file] = status.st_size, status.st_mtime_ns
         complete = {f: state for f, state in states.items() if seen.get(f) == state and given.get(f) != state}
@@ -155,31 +218,28 @@ def watch_folders(folders: Sequence[Path], seconds: float = WATCH_SECONDS) -> It
         time.sleep(seconds)
 
 
-def output_names(places: Sequence[Path], taken: Iterable[str] = ()) -> list[str]:
+def output_names(places: Sequence[Path]) -> list[str]:
     """A name without suffix for each picture's outputs: its stem, after as many of its folders as tell all apart.
 
+    Pictures that differ by their suffix alone keep it. Every file system takes the names, and none takes two for one,
+    unless two pictures have the same place.
+
     Args:
-        places: what to name, each once.
-        taken: names that are not to be given again.
+        places: what to name.
 
     Returns:
-        Different names, in order.
+        The names, in order.
     """
-    taken = set(taken)
-    for depth in range(1, max((len(place.parts) for place in places), default=0) + 1):
-        names = ["_".join(place.with_suffix("").parts[-depth:]).strip("/\\") for place in places]
-        if len(set(names)) == len(names) and taken.isdisjoint(names):
-            return names
-    # Pictures that differ by their suffix alone keep it; what is still not told apart gets a number.
-    unique: list[str] = []
-    for place in places:
-        name = stem = "_".join(place.parts).strip("/\\").replace(".", "_")
-        number = 2
-        while name in taken:
-            name, number = f"{stem}_{number}", number + 1
-        taken.add(name)
-        unique.append(name)
-    return unique
+    stems = Counter(folded(str(place.with_name(place.stem))) for place in places)
+    alone = [stems[folded(str(place.with_name(place.stem)))] == 1 for place in places]
+    ends = [place.stem if own else f"{place.stem}_{place.suffix[1:]}" for place, own in zip(places, alone)]
+    names: list[str] = []
+    for depth in range(max((len(place.parts) for place in places), default=0)):
+        folders = (place.parent.parts[-depth:] if depth else () for place in places)
+        names = ["_".join([*parts, end]).strip("/\\") for parts, end in zip(folders, ends)]
+        if len({folded(name) for name in names}) == len(names):
+            break
+    return [safe_name(name, LONGEST_NAME - LONGEST_ENDING) for name in names]
 
 
 def _read_cell(cell: dict[str, Any] | None, name: str, max_pixels: int) -> Image.Image:

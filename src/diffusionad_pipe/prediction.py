@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .image_files import ImageFileError, write_atomically
+from .image_files import ImageFileError
+from .output_folder import OutputError, OutputFolder
 from .picture_sources import PictureSource
-from .pipeline_diffusionad import DiffusionADPipeline
+from .pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput
 from .prediction_folder import COLUMNS, Row
 
 
@@ -41,6 +43,12 @@ class Drawings(NamedTuple):
     masks: bool = False
     max_pixels: int = 100_000_000
 
+    @property
+    def endings(self) -> list[str]:
+        """Of the files that each picture has."""
+        maps = {None: [], MapFormat.png16: ["_map.png"], MapFormat.npy: ["_map.npy"]}[self.maps]
+        return [*maps, *(["_mask.png"] if self.masks else []), ".png"]
+
 
 def fingerprint(pipe: DiffusionADPipeline) -> str:
     """A hash of a pipeline's weights and noise: predictions of equal ones are equal."""
@@ -58,7 +66,7 @@ def judge(
     pipe: DiffusionADPipeline,
     sources: Sequence[PictureSource],
     names: Mapping[str, str],
-    folder: Path,
+    folder: OutputFolder,
     drawings: Drawings,
     batch_size: int,
 ) -> list[Row]:
@@ -74,52 +82,104 @@ def judge(
         batch_size: at least the number of pictures; with tiling, of tiles in one pass.
 
     Returns:
-        A row each picture, in order; what could not be read or written has an error instead of a decision.
+        A row each picture, in order; what could not be read, judged or written has an error instead of a decision.
     """
-    threshold = pipe.config.image_threshold
     rows: dict[str, Row] = {}
-    readable: list[tuple[PictureSource, Image.Image]] = []
+    pictures: dict[str, Image.Image] = {}
     started = time.perf_counter()
     for source in sources:
-        rows[source.name] = dict.fromkeys(COLUMNS) | {"path": source.name, "threshold": threshold}
-        rows[source.name]["output"] = names[source.name]
+        row = dict.fromkeys(COLUMNS) | {"path": source.name, "threshold": pipe.config.image_threshold}
+        rows[source.name] = row | {"output": names[source.name]}
         try:
-            picture = source.read(drawings.max_pixels)
-            pipe.image_processor.preprocess(picture, 32, 32)  # finds here, by itself, what the pipeline would refuse
-            readable.append((source, picture))
+            pictures[source.name], rows[source.name]["sha256"] = _read(source, drawings.max_pixels)
         except ImageFileError as error:
             rows[source.name]["error"] = str(error)
-        except ValueError as error:
-            rows[source.name]["error"] = f"{source.name}: {error}"
-    if not readable:
-        return list(rows.values())
 
-    result = pipe([picture for _, picture in readable], batch_size=batch_size, output_type="np")
-    processor = pipe.image_processor
-    for index, (source, picture) in enumerate(readable):
-        score = float(result.anomaly_scores[index])
-        anomaly_map = np.asarray(result.anomaly_maps[index])[..., 0]  # [h, w]
-        mask = None if result.predicted_masks is None else np.asarray(result.predicted_masks[index])[..., 0]
-        decision = None if threshold is None else ("defective" if score > threshold else "good")
-        start = folder / names[source.name]
+    places = {source.name: source.place for source in sources}
+    for name, result in _detect(pipe, pictures, batch_size):
         try:
-            if drawings.maps is MapFormat.png16:
-                map_16 = Image.fromarray((anomaly_map * 65535).round().astype(np.uint16))
-                write_atomically(Path(f"{start}_map.png"), map_16.save)
-            elif drawings.maps is MapFormat.npy:
-                write_atomically(Path(f"{start}_map.npy"), partial(np.save, arr=anomaly_map))
-            if drawings.masks and mask is not None:
-                write_atomically(Path(f"{start}_mask.png"), Image.fromarray(mask.astype(np.uint8) * 255).save)
-            if drawings.panels:
-                title = f"{source.place.name}: {decision or 'score'} {score:.3f}"
-                drawing = processor.panel(picture, result.reconstructions[index], anomaly_map, mask, title=title)
-            else:
-                drawing = processor.visualize_anomaly_map(picture, anomaly_map, mask)
-            write_atomically(Path(f"{start}.png"), drawing.save)  # the last: its time says when all was done
-            rows[source.name] |= {"score": score, "decision": decision}
-        except OSError as error:
-            rows[source.name]["error"] = f"{start}: could not be written ({error.strerror}): free some space"
-    seconds = (time.perf_counter() - started) / len(readable)
-    for source, _ in readable:
-        rows[source.name]["seconds"] = round(seconds, 4)
+            if isinstance(result, ValueError):
+                raise ImageFileError(f"{name}: {result}")
+            score = float(result.anomaly_scores[0])
+            threshold = pipe.config.image_threshold
+            decision = None if threshold is None else ("defective" if score > threshold else "good")
+            title = f"{places[name].name}: {decision or 'score'} {score:.3f}"
+            _write(pipe, pictures.pop(name), result, folder, names[name], drawings, title)
+            rows[name] |= {"score": score, "decision": decision}
+        except (ImageFileError, OutputError) as error:
+            rows[name]["error"] = str(error)
+    seconds = (time.perf_counter() - started) / len(sources)
+    for row in rows.values():
+        if not row["error"]:
+            row["seconds"] = round(seconds, 4)
     return list(rows.values())
+
+
+def _read(source: PictureSource, max_pixels: int) -> tuple[Image.Image, str]:
+    """A picture, and the hash of what it was decoded from.
+
+    Raises:
+        ImageFileError: for a picture that cannot be used, or that somebody writes just now.
+    """
+    before = _state(source.file)
+    picture = source.read(max_pixels)
+    try:
+        sha256 = source.sha256()
+    except OSError as error:
+        raise ImageFileError(f"{source.name}: the file cannot be read ({error.strerror}); check the path") from error
+    if _state(source.file) != before:
+        raise ImageFileError(f"{source.name}: the file was changed while it was read; judge it again")
+    return picture, sha256
+
+
+def _state(file: Path | None) -> tuple[int, int] | None:
+    try:
+        status = None if file is None else os.stat(file)
+    except OSError:
+        return None
+    return None if status is None else (status.st_size, status.st_mtime_ns)
+
+
+def _detect(
+    pipe: DiffusionADPipeline, pictures: Mapping[str, Image.Image], batch_size: int
+) -> Iterator[tuple[str, DiffusionADPipelineOutput | ValueError]]:
+    """The output of each picture, at its own size and one at a time, or the error that belongs to it."""
+    done: set[str] = set()
+    try:
+        for name, output in zip(
+            list(pictures), pipe.stream(list(pictures.values()), batch_size=batch_size, output_type="np")
+        ):
+            done.add(name)
+            yield name, output
+    except ValueError:  # the networks gave NaN for one of them: which, a call of its own tells
+        for name in [name for name in pictures if name not in done]:
+            try:
+                yield name, pipe(pictures[name], batch_size=batch_size, output_type="np")
+            except ValueError as error:
+                yield name, error
+
+
+def _write(
+    pipe: DiffusionADPipeline,
+    picture: Image.Image,
+    result: DiffusionADPipelineOutput,
+    folder: OutputFolder,
+    name: str,
+    drawings: Drawings,
+    title: str,
+) -> None:
+    """Write the files of one picture, the drawing last."""
+    anomaly_map = result.anomaly_maps[0, ..., 0]  # [h, w]
+    mask = None if result.predicted_masks is None else result.predicted_masks[0, ..., 0]
+    if drawings.maps is MapFormat.png16:
+        map_16 = Image.fromarray((anomaly_map * 65535).round().astype(np.uint16))
+        folder.write(f"{name}_map.png", map_16.save)
+    elif drawings.maps is MapFormat.npy:
+        folder.write(f"{name}_map.npy", partial(np.save, arr=anomaly_map))
+    if drawings.masks and mask is not None:
+        folder.write(f"{name}_mask.png", Image.fromarray(mask.astype(np.uint8) * 255).save)
+    if drawings.panels:
+        drawing = pipe.image_processor.panel(picture, result.reconstructions[0], anomaly_map, mask, title=title)
+    else:
+        drawing = pipe.image_processor.visualize_anomaly_map(picture, anomaly_map, mask)
+    folder.write(f"{name}.png", drawing.save)

@@ -1,19 +1,26 @@
 """A folder of predictions: a table with a row for each picture, its files beside it, and enough to go on later."""
 
 import csv
+import io
 import json
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .image_files import write_atomically
+from .output_folder import OutputFolder, folded, unique_names
 from .picture_sources import PictureSource, output_names
 
 Row: TypeAlias = dict[str, Any]
 
-COLUMNS = ("path", "score", "decision", "threshold", "seconds", "output", "error")
-SHARES = "results.process-*.jsonl"  # journals of the processes that are not the main one
+COLUMNS = ("path", "score", "decision", "threshold", "seconds", "output", "sha256", "error")
+ENDINGS = (".png", "_map.png", "_map.npy", "_mask.png")  # of a picture's files, after the name of its row
+SETTINGS, JOURNAL, TABLE = "settings.json", "results.jsonl", "results.csv"
+SHARE = "results.process-{:05d}.jsonl"  # the journal of a process that is not the main one
+SHARES = re.compile(r"results\.process-\d+\.jsonl")
+PARQUET = re.compile(r"results(-\d+-of-\d+)?\.parquet")
 
 
 class PredictionFolder:
@@ -25,8 +32,9 @@ class PredictionFolder:
     end.
 
     Args:
-        folder: is made if need be.
+        folder: locked for this run.
         settings: all that the results depend on, besides the pictures; plain JSON.
+        wanted: those of `ENDINGS` that each picture shall have.
         overwrite: forget, and delete, what other settings left here.
 
     Attributes:
@@ -34,15 +42,19 @@ class PredictionFolder:
 
     Raises:
         ValueError: when the folder holds results of other settings.
+        OutputError: when it cannot be written to, or files that are not ours have the names of the tables.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], overwrite: bool = False) -> None:
+    def __init__(
+        self, folder: OutputFolder, settings: dict[str, Any], wanted: Collection[str], overwrite: bool = False
+    ) -> None:
         self.folder = folder
+        self.wanted = wanted
         self.rows: dict[str, Row] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        stored, self.journal = folder / "settings.json", folder / "results.jsonl"
+        folder.require_free(SETTINGS, JOURNAL, TABLE)
+        stored = folder.path / SETTINGS
         shares = self._shares()  # a run that was killed left them
-        rows = _read_rows(self.journal) | _read_rows(*shares)
+        rows = _read_rows(*(folder.path / name for name in (JOURNAL, *shares)))
         if rows:
             kept = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
             others = [name for name, value in settings.items() if name not in kept or kept[name] != value]
@@ -50,48 +62,71 @@ class PredictionFolder:
                 self.rows = rows
             elif overwrite:
                 for row in rows.values():
-                    self._remove_files(row)
+                    for ending in ENDINGS:
+                        folder.remove(f"{row['output']}{ending}")
             else:
                 raise ValueError(
-                    f"{folder} holds results with another {', '.join(others)}: "
+                    f"{folder.path} holds results with another {', '.join(others)}: "
                     "choose another --output, or --overwrite them"
                 )
-        text = json.dumps(settings, indent=1)
-        write_atomically(stored, lambda path: path.write_text(text, encoding="utf-8"))
+        self._by_content = {(row["sha256"], Path(name).name): name for name, row in self.rows.items()}
+        folder.write_text(SETTINGS, json.dumps(settings, indent=1))
         self.write_tables()  # without half a line that a killed run may have left
-        for share in shares:
-            share.unlink()
+        for name in shares:
+            folder.remove(name)
 
     def is_judged(self, source: PictureSource) -> bool:
-        """Whether a picture's row and files are there and not older than the picture."""
-        row = self.rows.get(source.name)
-        if row is None or row["error"]:
+        """Whether the row of this very content is there, with all its files; its name, place and date do not count."""
+        if not self.rows:
             return False
         try:
-            written = (self.folder / f"{row['output']}.png").stat().st_mtime_ns
-            return source.file is None or source.file.stat().st_mtime_ns <= written
-        except OSError:
+            sha256 = source.sha256()
+        except OSError:  # said when it is to be judged
             return False
+        row = self.rows.get(source.name)
+        if row is None or row["sha256"] != sha256:
+            row = self._moved(source, sha256)
+        return row is not None and not row["error"] and all(self.folder.owns(row["output"] + e) for e in self.wanted)
+
+    def _moved(self, source: PictureSource, sha256: str) -> Row | None:
+        """The row of a picture that lay elsewhere under the same name, now this source's."""
+        before = self._by_content.get((sha256, source.place.name))
+        if before is None or before not in self.rows or os.path.lexists(before):
+            return None
+        self.add([self.rows.pop(before) | {"path": source.name}])
+        return self.rows[source.name]
 
     def name_outputs(self, sources: Sequence[PictureSource]) -> dict[str, str]:
-        """Name of a picture → the name that its files begin with, which it keeps for ever."""
-        known = {name: row["output"] for name, row in self.rows.items()}
-        new = [source for source in sources if source.name not in known]
-        given = output_names([source.place for source in new], known.values())
-        return known | {source.name: name for source, name in zip(new, given)}
+        """Name of a picture → the name that its files begin with, which it keeps for ever.
+
+        No file of a picture has the name of another's, of a table, or of something that is not ours.
+        """
+        given = {
+            name: row["output"]
+            for name, row in self.rows.items()
+            if all(self.folder.is_free(row["output"] + ending) for ending in ENDINGS)
+        }
+        taken = {folded(output + ending) for output in given.values() for ending in ENDINGS}
+        new = [source for source in sources if source.name not in given]
+        names = unique_names(
+            output_names([source.place for source in new]),
+            ENDINGS,
+            lambda name: folded(name) in taken or not self.folder.is_free(name),
+        )
+        return given | {source.name: name for source, name in zip(new, names)}
 
     def add(self, rows: Sequence[Row]) -> None:
         """Store the rows of pictures that are done."""
         self.rows |= {row["path"]: row for row in rows}
-        _append(self.journal, rows)
+        self.folder.append(JOURNAL, _lines(rows))
 
     def take_shares(self) -> None:
         """Take in the rows of all other processes, when these are done."""
         shares = self._shares()
-        self.rows |= _read_rows(*shares)
+        self.rows |= _read_rows(*(self.folder.path / name for name in shares))
         self.write_tables()
-        for share in shares:
-            share.unlink()
+        for name in shares:
+            self.folder.remove(name)
 
     def order(self, names: Iterable[str]) -> None:
         """Put the rows of pictures into this order, after those of all others: the table then depends on the pictures,
@@ -103,15 +138,12 @@ class PredictionFolder:
         """Write the table as JSON Lines and CSV, and as so many Parquet files, if any: a row each picture, the latest
         one. Files that are named `results-00000-of-00002.parquet` are the table one after the other."""
         rows = list(self.rows.values())
-
-        def write_csv(path: Path) -> None:
-            with open(path, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-
-        write_atomically(self.journal, lambda path: path.write_text(_lines(rows), encoding="utf-8"))
-        write_atomically(self.folder / "results.csv", write_csv)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        self.folder.write_text(JOURNAL, _lines(rows))
+        self.folder.write_text(TABLE, table.getvalue())
         if parquet_shards:
             self._write_parquet(rows, parquet_shards)
 
@@ -121,28 +153,24 @@ class PredictionFolder:
 
         numbers = ("score", "threshold", "seconds")
         kinds = [(name, pyarrow.float64() if name in numbers else pyarrow.string()) for name in COLUMNS]
-        table = pyarrow.Table.from_pylist(rows, pyarrow.schema(kinds))
+        table = pyarrow.Table.from_pylist([_in_unicode(row) for row in rows], pyarrow.schema(kinds))
         names = [f"results-{index:05d}-of-{shards:05d}.parquet" for index in range(shards)]
         names = ["results.parquet"] if shards == 1 else names
         for name, share in zip(names, even_shares(len(rows), shards)):
             part = table.slice(share.start, len(share))
-            write_atomically(self.folder / name, partial(pyarrow.parquet.write_table, part))
-        for old in {*self.folder.glob("results.parquet"), *self.folder.glob("results-*-of-*.parquet")}:
-            if old.name not in names:  # of another number of processes
-                old.unlink()
+            self.folder.write(name, partial(pyarrow.parquet.write_table, part))
+        for old in [name for name in self.folder.record if PARQUET.fullmatch(name) and name not in names]:
+            self.folder.remove(old)  # of another number of processes
 
-    def _shares(self) -> list[Path]:
-        return sorted(self.folder.glob(SHARES))
-
-    def _remove_files(self, row: Row) -> None:
-        for ending in (".png", "_map.png", "_map.npy", "_mask.png"):
-            (self.folder / f"{row['output']}{ending}").unlink(missing_ok=True)
+    def _shares(self) -> list[str]:
+        self.folder.read_record()
+        return sorted(name for name in self.folder.record if SHARES.fullmatch(name) and self.folder.owns(name))
 
 
-def append_share(folder: Path, process_index: int, rows: Sequence[Row]) -> None:
+def append_share(folder: OutputFolder, process_index: int, rows: Sequence[Row]) -> None:
     """Store the rows of pictures that a process other than the main one has done: two must not append to one file,
     least of all on different machines."""
-    _append(folder / SHARES.replace("*", f"{process_index:05d}"), rows)
+    folder.append(SHARE.format(process_index), _lines(rows))
 
 
 def even_shares(count: int, shares: int) -> list[range]:
@@ -151,24 +179,30 @@ def even_shares(count: int, shares: int) -> list[range]:
     return [range(start, end) for start, end in zip(ends, ends[1:])]
 
 
-def _append(journal: Path, rows: Sequence[Row]) -> None:
-    with open(journal, "a", encoding="utf-8") as file:
-        file.write(_lines(rows))
-
-
 def _lines(rows: Sequence[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _in_unicode(row: Row) -> Row:
+    """With names as the tables escape them; Arrow takes no others."""
+    return {
+        name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+        for name, value in row.items()
+    }
 
 
 def _read_rows(*journals: Path) -> dict[str, Row]:
     """Of several rows of one picture the latest; a line that a killed run did not end is left out."""
     rows: dict[str, Row] = {}
     for journal in journals:
-        for line in journal.read_text(encoding="utf-8").split("\n")[:-1] if journal.is_file() else ():
+        for line in journal.read_text(encoding="utf-8").split("\n") if journal.is_file() else ():
             try:
                 row = json.loads(line)
+            except ValueError:
+                continue
+            try:
                 rows[row["path"]] = {name: row[name] for name in COLUMNS}
-            except (ValueError, LookupError, TypeError) as error:
+            except (LookupError, TypeError) as error:
                 raise ValueError(
                     f"{journal} was not written by this version of diffusionad predict: choose another --output"
                 ) from error
