@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusionad_pipe import DiffusionADPipeline
-from diffusionad_pipe.image_files import write_atomically
+from diffusionad_pipe.output_folder import write_file
 
 GIB = 2**30
 PRESETS = ("tiny", "small", "base", "paper")
@@ -183,7 +183,7 @@ def write_json(path: Path | None, results: dict[str, Any]) -> None:
     if path is not None:
         text = json.dumps(results, indent=2) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+        write_file(path, lambda file: file.write_text(text, encoding="utf-8"), "benchmark")
 
 
 def compile_all(pipe: DiffusionADPipeline) -> bool:
@@ -200,7 +200,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float
         from train import build_networks
         from training_config import CONFIGS, TrainingConfig
 
-        settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+        settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"), "benchmark")
         config = TrainingConfig(**settings)
         torch.manual_seed(0)
         unet, segmentation, scheduler = build_networks(config)

@@ -21,7 +21,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from tqdm.auto import tqdm
 
 from diffusionad_pipe import DiffusionADPipeline, find_images, open_image
-from diffusionad_pipe.image_files import write_atomically
+from diffusionad_pipe.output_folder import write_file
 
 
 @torch.inference_mode()
@@ -100,7 +100,7 @@ def main() -> None:
         )
     if arguments.output:
         text = json.dumps(results, indent=2) + "\n"
-        write_atomically(arguments.output, lambda path: path.write_text(text, encoding="utf-8"))
+        write_file(arguments.output, lambda path: path.write_text(text, encoding="utf-8"), "benchmark")
 
 
 if __name__ == "__main__":

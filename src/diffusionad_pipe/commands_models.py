@@ -1,7 +1,6 @@
 """The commands on a model's files: what it is, other formats, the Hub, a Space."""
 
 import os
-import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ from .console import USER_ERRORS, MaxPixels, fail, needed_packages, output_conso
 from .image_files import MAX_PIXELS, ImageFileError, find_images, open_image
 from .model_card import write_plain_card
 from .model_summary import summarize
+from .output_folder import OutputFolder
 from .picture_sources import find_files
 from .pipeline_diffusionad import DiffusionADPipeline
 from .publishing import push_model, push_space
@@ -43,7 +43,9 @@ def info(model: Model) -> None:
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint of the authors' code, or a pipeline's folder or Hub id.")],
     target: Annotated[Path, typer.Argument(help="The folder, or the file ending in .pt or .pth, to write.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier conversion wrote there.")
+    ] = False,
 ) -> None:
     """Convert the authors' checkpoints, and back.
 
@@ -55,31 +57,30 @@ def convert(
     diffusionad convert models/screw params-last.pt
     """
     to_file = target.suffix in (".pt", ".pth")
-    temporary = target.with_name(f".{target.name}.writing")
+    place = Path(os.path.abspath(target))
+    folder = OutputFolder(place.parent, "convert", "name")
     try:
-        if target.exists() and not overwrite:
+        if os.path.lexists(target) and not overwrite:
             raise ValueError(f"{target} is there already: choose another name, or --overwrite it")
-        if overwrite and target.exists() and target.is_dir() and not (target / "model_index.json").is_file():
-            raise ValueError(f"{target} is no pipeline, so it is not overwritten: choose another name")
         if to_file == (Path(source).suffix in (".pt", ".pth")):
             raise ValueError(
                 f"{source} and {target}: one must be a file ending in .pt or .pth, of the authors' code, the other "
                 "a pipeline"
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
         if to_file:
             DiffusionADPipeline.from_pretrained(source).save_single_file(target)
         else:
-            DiffusionADPipeline.from_single_file(source).save_pretrained(temporary)
-            origin = f"It was converted from `{Path(source).name}`, a checkpoint of the authors' code."
-            write_plain_card(temporary, origin, name=target.absolute().name)
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
+            pipe = DiffusionADPipeline.from_single_file(source)
+
+            def write(path: Path) -> None:
+                pipe.save_pretrained(path)
+                origin = f"It was converted from `{Path(source).name}`, a checkpoint of the authors' code."
+                write_plain_card(path, origin, name=place.name)
+
+            folder.remove_tree(place.name)  # what an earlier conversion wrote; there is none without --overwrite
+            folder.write_tree(place.name, write)
     except USER_ERRORS as error:
         fail(error)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     hint = "" if to_file else "; it has no thresholds yet: diffusionad calibrate sets them"
     output_console().print(f"wrote {target}{hint}")
 

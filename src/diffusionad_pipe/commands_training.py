@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from .console import USER_ERRORS, MaxPixels, fail, needed_packages, output_console
-from .image_files import IMAGE_SUFFIXES, MAX_PIXELS, write_atomically
+from .image_files import IMAGE_SUFFIXES, MAX_PIXELS
+from .output_folder import OutputFolder
 from .shipped_files import find_shipped
 
 MANY_EMPTY_MASKS = 0.1  # share of draws from which on the preview warns
@@ -115,6 +116,8 @@ def preview_synthesis(
     try:
         if output.suffix.lower() not in IMAGE_SUFFIXES:
             raise ValueError(f"{output}: the contact sheet is a picture; end its name in .png")
+        folder = OutputFolder(output.parent, "preview-synthesis")
+        folder.require_free(output.name)
         result = preview(
             str(pictures_folder),
             category=category,
@@ -139,8 +142,7 @@ def preview_synthesis(
             count=count,
             draws=draws,
         )
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, result.sheet.save)
+        folder.write(output.name, result.sheet.save)
     except USER_ERRORS as error:
         fail(error)
 

@@ -7,7 +7,6 @@ noise, both networks, norm guidance, score and resizing back are all in it. [`ex
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from copy import copy
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import nn
 
 from . import __version__
 from .exported import FORMAT_VERSION, LARGEST_BATCH, METADATA_KEY, OUTPUTS, ExportedDetector
-from .image_files import write_atomically
+from .output_folder import OutputFolder
 from .pipeline_diffusionad import DiffusionADPipeline
 from .prefetch import prefetched
 
@@ -157,6 +156,8 @@ def export_detector(
             "export the model in float32: load it without dtype; a runtime may choose another when it runs"
         )
 
+    folder = OutputFolder(path.parent, "export")
+    folder.require_free(path.name, *([path.with_suffix(".bin").name] if format == "openvino" else []))
     pipe.to("cpu")
     height, width = (pipe.round_size(pipe.config.image_size, side) for side in ("height", "width"))
     scheduler = pipe.scheduler.config
@@ -179,17 +180,20 @@ def export_detector(
     text = json.dumps(metadata)
     program = export_program(WholeDetector(pipe, height, width).eval(), height, width)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if format == "torch":
-        write_atomically(path, lambda file: torch.export.save(program, file, extra_files={METADATA_KEY: text}))
-    else:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            onnx_path = Path(folder, "detector.onnx")
+    with folder.temporary() as temporary:
+        written = temporary / "written"
+        written.mkdir()
+        if format == "torch":
+            torch.export.save(program, written / path.name, extra_files={METADATA_KEY: text})
+        else:
+            onnx_path = temporary / "detector.onnx"
             torch.onnx.export(
                 program, (), onnx_path, input_names=["picture"], output_names=OUTPUTS, dynamo=True, external_data=False
             )
             write = write_onnx if format == "onnx" else write_openvino
-            write(onnx_path, path, text, list(calibration) if int8 else [])
+            write(onnx_path, written / path.name, text, list(calibration) if int8 else [])
+        # OpenVINO's weights, .bin, come first: an old .xml then meets new weights, and refuses them.
+        folder.move_in(written)
 
     picture = calibration[0] if len(calibration) else _picture_to_try(height, width)
     ours = pipe(picture, output_type="np", batch_size=1)
@@ -269,7 +273,7 @@ def write_onnx(source: Path, path: Path, metadata: str, calibration: list[NDArra
         source = quantized
     model = onnx.load(str(source))
     onnx.helper.set_model_props(model, {METADATA_KEY: metadata})
-    write_atomically(path, lambda file: onnx.save(model, str(file)))
+    onnx.save(model, str(path))
 
 
 def write_openvino(source: Path, path: Path, metadata: str, calibration: list[NDArray[np.uint8]]) -> None:
@@ -309,11 +313,7 @@ def write_openvino(source: Path, path: Path, metadata: str, calibration: list[ND
         (model,) = prefetched(quantize())
     resize_by_products(model)  # after quantization, which would round the pictures' pixels to 8 bits once more
     model.set_rt_info(metadata, METADATA_KEY)
-    written = source.with_name(path.name)
-    openvino.save_model(model, written, compress_to_fp16=False)
-    # The weights first: an old .xml then meets new weights, and refuses them, rather than the reverse for longer.
-    for suffix in (".bin", ".xml"):
-        os.replace(written.with_suffix(suffix), path.with_suffix(suffix))
+    openvino.save_model(model, path, compress_to_fp16=False)
 
 
 def antialias(model: "openvino.Model") -> None:

@@ -442,11 +442,13 @@ def edit_file(path: str | os.PathLike[str], text: str) -> None:
         OutputError: when it cannot be written; it is as it was.
     """
     path = Path(os.path.abspath(path))
-    for writer in {content.writer for content in read_record(path.parent).get(path.name, ())}:
-        folder = OutputFolder(path.parent, writer)
-        if folder.owns(path.name):
-            folder.write_text(path.name, text)
-            return
+    for parent in path.parents:
+        name = path.relative_to(parent).as_posix()
+        for writer in {content.writer for content in read_record(parent).get(name, ())}:
+            folder = OutputFolder(parent, writer)
+            if folder.owns(name):
+                folder.write_text(name, text)
+                return
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")

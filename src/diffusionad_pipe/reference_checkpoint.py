@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .image_files import write_atomically
+from .output_folder import write_file
 from .scheduling_norm_guided_one_step import NormGuidedOneStepScheduler
 from .unet_2d_diffusionad import DiffusionADUNet2DModel, paper_unet_config
 from .unet_2d_segmentation import SegmentationUNet2DModel
@@ -199,7 +199,7 @@ def write_checkpoint(
             },
         ),
     }
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    write_file(path, lambda temporary: torch.save(checkpoint, temporary), "convert")
 
 
 def _scheduler_args(scheduler: NormGuidedOneStepScheduler, path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 from .image_files import MAX_PIXELS, ImageFileError, find_images, open_image
 from .image_processor import DiffusionADImageProcessor
+from .output_folder import OutputFolder, safe_name
 from .pipeline_diffusionad import DiffusionADPipeline
 from .shipped_files import PACKAGE, find_shipped
 from .weights_files import COMPONENTS, check_pipeline_folder
@@ -22,7 +23,7 @@ from .weights_files import COMPONENTS, check_pipeline_folder
 NAME = "diffusionad_pipe"
 HIGHEST_EXAMPLE_COUNT = 6
 # What a Space does not run, and what a wheel carries inside the package.
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "textures", "training", "spaces_demo")
+LEFT_OUT = ("__pycache__", "textures", "training", "spaces_demo")
 
 
 def write_space(
@@ -45,20 +46,19 @@ def write_space(
     Raises:
         ValueError: when the folder is there already, the model cannot be used, or an example cannot be read.
     """
-    folder = Path(folder)
-    if folder.exists():
+    place = Path(os.path.abspath(folder))
+    if os.path.lexists(place):
         raise ValueError(f"{folder} is there already: remove it, or choose another --output")
     is_local = os.path.isdir(model)
     source = Path(model if is_local else DiffusionADPipeline.download(os.fspath(model)))
     check_pipeline_folder(source)
     name = source.absolute().name if is_local else os.fspath(model).rpartition("/")[2]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        shutil.copytree(find_shipped("spaces_demo"), temporary, ignore=LEFT_OUT)
-        shutil.copytree(PACKAGE, temporary / NAME, ignore=LEFT_OUT)
-        embedded = temporary / "pretrained" / name
+
+    def write(path: Path) -> None:
+        not_shown = shutil.ignore_patterns(*LEFT_OUT, *(["examples"] if examples else []))
+        shutil.copytree(find_shipped("spaces_demo"), path, ignore=not_shown, dirs_exist_ok=True)
+        shutil.copytree(PACKAGE, path / NAME, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        embedded = path / "pretrained" / safe_name(name)
         embedded.mkdir(parents=True)
         for file in ("model_index.json", "README.md"):
             if (source / file).is_file():
@@ -66,24 +66,22 @@ def write_space(
         for component in COMPONENTS:
             shutil.copytree(source / component, embedded / component, ignore=_all_but_json_and_safetensors)
         if examples:
-            _replace_examples(temporary / "examples", examples[:HIGHEST_EXAMPLE_COUNT], max_pixels)
-        requirements = temporary / "requirements.txt"
+            _write_examples(path / "examples", examples[:HIGHEST_EXAMPLE_COUNT], max_pixels)
+        requirements = path / "requirements.txt"
         requirements.write_text(_spell_out(requirements.read_text(encoding="utf-8")), encoding="utf-8")
-        card = SpaceCard.load(temporary / "README.md")
+        card = SpaceCard.load(path / "README.md")
         card.data.title = f"DiffusionAD: {name}"
         card.data.models = [model_id or os.fspath(model)] if model_id or not is_local else None
-        (temporary / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (path / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
+
+    OutputFolder(place.parent, "space").write_tree(place.name, write)
 
 
 def _all_but_json_and_safetensors(folder: str, names: list[str]) -> set[str]:
     return {name for name in names if not name.endswith((".json", ".safetensors"))}
 
 
-def _replace_examples(folder: Path, pictures: Sequence[Path], max_pixels: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _write_examples(folder: Path, pictures: Sequence[Path], max_pixels: int) -> None:
     folder.mkdir()
     processor = DiffusionADImageProcessor()
     for index, file in enumerate(find_images(pictures), 1):
@@ -94,7 +92,7 @@ def _replace_examples(folder: Path, pictures: Sequence[Path], max_pixels: int) -
             raise
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        processor.postprocess(tensor, "pil")[0].save(folder / f"{index}_{file.stem}.jpg", quality=95)
+        processor.postprocess(tensor, "pil")[0].save(folder / f"{index}_{safe_name(file.stem)}.jpg", quality=95)
 
 
 def _spell_out(requirements: str) -> str:
