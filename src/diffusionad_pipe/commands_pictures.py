@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ from .model_card import describe_thresholds, write_thresholds
 from .output_folder import OutputError, OutputFolder, edit_file, require_editable
 from .picture_sources import PictureSource, find_files, find_rows, watch_folders
 from .pipeline_diffusionad import DiffusionADPipeline
+from .pixels import MAX_ASPECT_RATIO
 from .prediction import Drawings, MapFormat, fingerprint, judge
 from .prediction_folder import PredictionFolder, Row, append_share, even_shares
 from .progress import ProgressBar
@@ -161,7 +163,9 @@ def predict(
             "pixel-threshold": pipe.config.pixel_threshold, "panels": panels, "maps": maps, "masks": masks,
             "dtype": str(pipe.unet.dtype).removeprefix("torch."), "tiling": pipe.tiling and list(pipe.tiling),
         }  # fmt: skip
-        drawings = Drawings(panels, maps, masks, max_pixels)
+        # Tiles are square, whatever the shape of the whole.
+        ratio = MAX_ASPECT_RATIO if tile_size is None else inf
+        drawings = Drawings(panels, maps, masks, max_pixels, ratio)
         folder = OutputFolder(output, "predict")
     except USER_ERRORS as error:
         fail(error)

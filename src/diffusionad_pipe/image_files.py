@@ -4,7 +4,10 @@ import logging
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -144,29 +147,6 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     Raises:
         ImageFileError: if a path does not exist, or a folder cannot be read or has no pictures.
     """
-<<<<<<< HEAD
-    found: dict[str, Path] = {}
-    products, left_out = OwnProducts(), 0
-    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
-        path = Path(path)
-        if not os.path.exists(path):
-            raise ImageFileError(f"{shown(path)}: there is no such file or folder; check the path")
-        files = search_folder(path) if path.is_dir() else [path]
-        if not files:
-            raise ImageFileError(
-                f"{shown(path)}: this folder has no pictures; their names must end in one of {' '.join(IMAGE_SUFFIXES)}"
-            )
-        pictures = [file for file in files if file not in products]
-        left_out += len(files) - len(pictures)
-        for file in pictures:
-            found.setdefault(os.path.abspath(file), file)
-    if left_out:
-        sentence = f"{left_out} pictures are left out, which diffusionad wrote itself: drawings, maps, masks or samples"
-        if not found:
-            raise ImageFileError(f"{shown(path)}: {sentence}; give other pictures")
-        logger.warning(sentence)
-    return list(found.values())
-=======
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
     found = {os.path.abspath(file): file for path in paths for file in list_pictures(path)}
     pictures = without_products(list(found.values()))

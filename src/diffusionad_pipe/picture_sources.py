@@ -6,7 +6,6 @@ Nothing is opened here: a source says what a picture is called and how it is rea
 import codecs
 import glob
 import hashlib
-import io
 import os
 import time
 from collections import Counter
@@ -17,8 +16,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
-from .image_files import ImageFileError, decode_image, list_pictures, open_image, search_folder, without_products
+from .image_files import ImageFileError, list_pictures, open_cell, open_image, search_folder, without_products
 from .output_folder import LONGEST_NAME, OwnProducts, folded, safe_name, sha256_of
+from .pixels import MAX_ASPECT_RATIO
 
 LONGEST_ENDING = 20  # bytes of what follows an output's name: a number, `_map.npy`
 WATCH_SECONDS = 1.0  # between two looks at a watched folder
@@ -30,14 +30,15 @@ class PictureSource(NamedTuple):
     Args:
         name: what tables call it: its path, or `dataset[split][row]`.
         place: what its outputs are named after; for a file its path.
-        read: called with the largest number of pixels, gives the decoded picture or raises ImageFileError.
+        read: called with the largest number of pixels, and maybe the largest aspect ratio; gives the decoded picture or
+            raises ImageFileError.
         sha256: of the bytes that it is decoded from, whatever its name; raises OSError.
         file: that must not change while it is read; None for a row of a dataset.
     """
 
     name: str
     place: Path
-    read: Callable[[int], Image.Image]
+    read: Callable[..., Image.Image]
     sha256: Callable[[], str]
     file: Path | None = None
 
@@ -82,12 +83,16 @@ def find_files(arguments: Iterable[str], listed: BinaryIO | None = None) -> list
 
 
 def _find(place: Path, problems: list[ImageFileError]) -> list[PictureSource]:
-    """The pictures of one file or folder, or what fails in place of them."""
+    """The pictures of one file or folder, and what fails in their place."""
+    failures: list[str] = []  # of folders in it that may not be read
     try:
-        return [from_file(file) for file in list_pictures(place)]
+        sources = [from_file(file) for file in list_pictures(place, failures)]
     except ImageFileError as error:
         problems.append(error)
         return [_unreadable(place, error)]
+    errors = [ImageFileError(failure) for failure in failures]
+    problems += errors
+    return [*sources, *(_unreadable(Path(str(error).partition(": ")[0]), error) for error in errors)]
 
 
 def _match(pattern: str) -> list[str]:
@@ -111,8 +116,8 @@ def from_file(file: Path) -> PictureSource:
     return PictureSource(str(file), file, partial(_open, file), partial(sha256_of, file), file)
 
 
-def _open(file: Path, max_pixels: int) -> Image.Image:
-    return open_image(file, max_pixels=max_pixels)
+def _open(file: Path, max_pixels: int, max_aspect_ratio: float = MAX_ASPECT_RATIO) -> Image.Image:
+    return open_image(file, max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio)
 
 
 def _unreadable(place: Path, error: ImageFileError) -> PictureSource:
@@ -167,11 +172,13 @@ def find_rows(dataset: str, split: str | None = None, column: str = "image") -> 
     def name(index: int) -> str:
         return f"{dataset}[{split}][{index}]"
 
-    def read(index: int, max_pixels: int) -> Image.Image:
-        return _read_cell(rows[index][column], name(index), max_pixels)
+    def read(index: int, max_pixels: int, max_aspect_ratio: float = MAX_ASPECT_RATIO) -> Image.Image:
+        cell = rows[index][column]
+        return open_cell(cell, name(index), max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio)
 
     def sha256(index: int) -> str:
-        cell = rows[index][column] or {}
+        if (cell := rows[index][column]) is None:
+            raise FileNotFoundError(name(index))
         return sha256_of(cell["path"]) if cell.get("bytes") is None else hashlib.sha256(cell["bytes"]).hexdigest()
 
     return [
@@ -240,11 +247,3 @@ def output_names(places: Sequence[Path]) -> list[str]:
         if len({folded(name) for name in names}) == len(names):
             break
     return [safe_name(name, LONGEST_NAME - LONGEST_ENDING) for name in names]
-
-
-def _read_cell(cell: dict[str, Any] | None, name: str, max_pixels: int) -> Image.Image:
-    if cell is None:
-        raise ImageFileError(f"{name}: this row has no picture; remove it from the dataset")
-    if cell["bytes"] is None:
-        return open_image(cell["path"], max_pixels=max_pixels)
-    return decode_image(io.BytesIO(cell["bytes"]), name, max_pixels=max_pixels)

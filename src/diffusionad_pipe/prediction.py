@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .image_files import ImageFileError
+from .image_files import MAX_PIXELS, ImageFileError, shown
+from .image_processor import DiffusionADImageProcessor
 from .output_folder import OutputError, OutputFolder
 from .picture_sources import PictureSource
 from .pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput
+from .pixels import MAX_ASPECT_RATIO
 from .prediction_folder import COLUMNS, Row
 
 
@@ -36,12 +38,14 @@ class Drawings(NamedTuple):
         maps: also the anomaly map.
         masks: also the predicted mask, a PNG with 255 where a pixel is defective; needs a pixel threshold.
         max_pixels: pictures of more are refused before they are decoded.
+        max_aspect_ratio: longer ones are refused too.
     """
 
     panels: bool = False
     maps: MapFormat | None = None
     masks: bool = False
-    max_pixels: int = 100_000_000
+    max_pixels: int = MAX_PIXELS
+    max_aspect_ratio: float = MAX_ASPECT_RATIO
 
     @property
     def endings(self) -> list[str]:
@@ -91,7 +95,7 @@ def judge(
         row = dict.fromkeys(COLUMNS) | {"path": source.name, "threshold": pipe.config.image_threshold}
         rows[source.name] = row | {"output": names[source.name]}
         try:
-            pictures[source.name], rows[source.name]["sha256"] = _read(source, drawings.max_pixels)
+            pictures[source.name], rows[source.name]["sha256"] = _read(source, drawings)
         except ImageFileError as error:
             rows[source.name]["error"] = str(error)
 
@@ -99,12 +103,12 @@ def judge(
     for name, result in _detect(pipe, pictures, batch_size):
         try:
             if isinstance(result, ValueError):
-                raise ImageFileError(f"{name}: {result}")
+                raise ImageFileError(f"{shown(name)}: {result}")
             score = float(result.anomaly_scores[0])
             threshold = pipe.config.image_threshold
             decision = None if threshold is None else ("defective" if score > threshold else "good")
-            title = f"{places[name].name}: {decision or 'score'} {score:.3f}"
-            _write(pipe, pictures.pop(name), result, folder, names[name], drawings, title)
+            title = f"{shown(places[name].name)}: {decision or 'score'} {score:.3f}"
+            _write(pictures.pop(name), result, folder, names[name], drawings, title)
             rows[name] |= {"score": score, "decision": decision}
         except (ImageFileError, OutputError) as error:
             rows[name]["error"] = str(error)
@@ -115,20 +119,22 @@ def judge(
     return list(rows.values())
 
 
-def _read(source: PictureSource, max_pixels: int) -> tuple[Image.Image, str]:
+def _read(source: PictureSource, drawings: Drawings) -> tuple[Image.Image, str]:
     """A picture, and the hash of what it was decoded from.
 
     Raises:
         ImageFileError: for a picture that cannot be used, or that somebody writes just now.
     """
     before = _state(source.file)
-    picture = source.read(max_pixels)
+    picture = source.read(drawings.max_pixels, drawings.max_aspect_ratio)
     try:
         sha256 = source.sha256()
     except OSError as error:
-        raise ImageFileError(f"{source.name}: the file cannot be read ({error.strerror}); check the path") from error
+        raise ImageFileError(
+            f"{shown(source.name)}: the file cannot be read ({error.strerror}); check the path"
+        ) from error
     if _state(source.file) != before:
-        raise ImageFileError(f"{source.name}: the file was changed while it was read; judge it again")
+        raise ImageFileError(f"{shown(source.name)}: the file was changed while it was read; judge it again")
     return picture, sha256
 
 
@@ -160,7 +166,6 @@ def _detect(
 
 
 def _write(
-    pipe: DiffusionADPipeline,
     picture: Image.Image,
     result: DiffusionADPipelineOutput,
     folder: OutputFolder,
@@ -178,8 +183,9 @@ def _write(
         folder.write(f"{name}_map.npy", partial(np.save, arr=anomaly_map))
     if drawings.masks and mask is not None:
         folder.write(f"{name}_mask.png", Image.fromarray(mask.astype(np.uint8) * 255).save)
+    processor = DiffusionADImageProcessor(max_aspect_ratio=drawings.max_aspect_ratio)
     if drawings.panels:
-        drawing = pipe.image_processor.panel(picture, result.reconstructions[0], anomaly_map, mask, title=title)
+        drawing = processor.panel(picture, result.reconstructions[0], anomaly_map, mask, title=title)
     else:
-        drawing = pipe.image_processor.visualize_anomaly_map(picture, anomaly_map, mask)
+        drawing = processor.visualize_anomaly_map(picture, anomaly_map, mask)
     folder.write(f"{name}.png", drawing.save)

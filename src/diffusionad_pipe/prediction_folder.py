@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from .image_files import shown
 from .output_folder import OutputFolder, folded, unique_names
 from .picture_sources import PictureSource, output_names
 
@@ -141,7 +142,7 @@ class PredictionFolder:
         table = io.StringIO()
         writer = csv.DictWriter(table, COLUMNS)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(map(_in_unicode, rows))
         self.folder.write_text(JOURNAL, _lines(rows))
         self.folder.write_text(TABLE, table.getvalue())
         if parquet_shards:
@@ -184,11 +185,8 @@ def _lines(rows: Sequence[Row]) -> str:
 
 
 def _in_unicode(row: Row) -> Row:
-    """With names as the tables escape them; Arrow takes no others."""
-    return {
-        name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
-        for name, value in row.items()
-    }
+    """With the path as people read it: CSV and Arrow hold no others."""
+    return row | {"path": shown(row["path"])}
 
 
 def _read_rows(*journals: Path) -> dict[str, Row]:
