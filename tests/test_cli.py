@@ -333,17 +333,12 @@ def test_datasets_and_parquet(model: Path, folder: Path, tmp_path: Path) -> None
         (["a/x.png", "a/y.png"], ["x", "y"]),
         (["a/x.png", "b/x.png", "b/y.png"], ["a_x", "b_x", "b_y"]),
         (["z.png", "a/b/z.png"], ["z", "b_z"]),
-        (["a/x.png", "a/x.jpg"], ["a_x_png", "a_x_jpg"]),
+        (["a/x.png", "a/x.jpg"], ["x_png", "x_jpg"]),
+        (["a/x.png", "b/X.png"], ["a_x", "b_X"]),  # one file for Windows and macOS
     ],
 )
 def test_output_names_tell_all_pictures_apart(files: list[str], names: list[str]) -> None:
     assert output_names([Path(file) for file in files]) == names
-
-
-def test_output_names_that_are_given_stay_given() -> None:
-    assert output_names([Path("b/x.png")], ["x"]) == ["b_x"]
-    assert output_names([Path("x.png")], ["x", "x_png"]) == ["x_png_2"]
-    assert output_names([]) == []
 
 
 COMMANDS = [
