@@ -21,6 +21,7 @@ from .batch_failures import TooFewJudgedError
 from .calibration import calibrate as calibrate_pipeline
 from .calibration import store_thresholds
 from .console import USER_ERRORS, Console, MaxPixels, fail, needed_packages, output_console
+from .image_files import shown
 from .model_card import describe_thresholds, write_thresholds
 from .output_folder import OutputError, OutputFolder, edit_file, require_editable
 from .picture_sources import PictureSource, find_files, find_rows, watch_folders
@@ -470,7 +471,9 @@ def _judge_share(
             store(rows)
             bar.update(len(batch))
             for row in rows if each else ():
-                verdict = row["error"] or f"{row['path']}: {row['score']:.4f} {row['decision'] or 'no threshold'}"
+                verdict = (
+                    row["error"] or f"{shown(row['path'])}: {row['score']:.4f} {row['decision'] or 'no threshold'}"
+                )
                 console.print(verdict, style="yellow" if row["error"] else STYLES[row["decision"]])
 
 
@@ -479,7 +482,7 @@ def _print_table(rows: Sequence[Row], output: Path, console: Console) -> None:
     judged = sorted((row for row in rows if row["score"] is not None), key=lambda row: -row["score"])
     for row in judged[:HIGHEST_SHOWN_ROWS]:
         verdict = row["decision"] or "no threshold"
-        console.print(f"{row['score']:.4f}  {verdict:<12}  {row['path']}", style=STYLES[row["decision"]])
+        console.print(f"{row['score']:.4f}  {verdict:<12}  {shown(row['path'])}", style=STYLES[row["decision"]])
     if len(judged) > HIGHEST_SHOWN_ROWS:
         console.print(f"... and {len(judged) - HIGHEST_SHOWN_ROWS} more, in the tables below")
     for row in rows:

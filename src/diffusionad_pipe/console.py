@@ -54,7 +54,8 @@ def fail(error: object, code: int = 2) -> NoReturn:
         error = "the Hub has no such model, or it is private: check the id, or log in with hf auth login"
     elif isinstance(error, LocalEntryNotFoundError):
         error = "no folder has the name of the model, and the Hub cannot be reached: check the name, or the connection"
-    Console(error=True).print(f"Error: {error}")
+    for line in f"Error: {error}".split("\n"):  # some list what is missing
+        Console(error=True).print(line)
     raise typer.Exit(code) from None
 
 

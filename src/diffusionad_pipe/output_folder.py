@@ -378,7 +378,7 @@ class OutputFolder:
         with self._record_lock:
             record = read_record(self.path)
             self.read_record()
-            if sum(len(contents) - 2 for contents in record.values()) < SUPERSEDED:
+            if sum(max(len(contents) - 2, 0) for contents in record.values()) < SUPERSEDED:
                 return
             temporary = self._private / f"{uuid.uuid4().hex}.jsonl"
             try:
