@@ -1,6 +1,7 @@
 """Exported detectors: every format against the pipeline, int8, metadata, a Python without torch, bad input."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -328,3 +329,14 @@ def test_command(pipe: DiffusionADPipeline, tmp_path: Path) -> None:
     metadata = ExportedDetector(tmp_path / "new" / "model.pt2").metadata
     assert metadata["licence"] == "cc-by-4.0" and metadata["model"] == "model" and metadata["image_threshold"] == 0.5
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.pt2"]
+
+
+def test_a_pickled_detector_loads_its_file_again(folder: Path) -> None:
+    for name in ("d.onnx", "d.xml", "d.pt2"):
+        detector = ExportedDetector(folder / name, image_threshold=0.25, pixel_threshold=0.75)
+        detector.pixel_threshold = None
+        other = pickle.loads(pickle.dumps(detector))
+        assert (other.image_threshold, other.pixel_threshold) == (0.25, None)
+        expected, output = detector(PICTURES[:1], output_type="np"), other(PICTURES[:1], output_type="np")
+        np.testing.assert_allclose(output.anomaly_maps, expected.anomaly_maps, rtol=0, atol=1e-6)
+        assert output.predicted_masks is None

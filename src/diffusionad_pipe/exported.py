@@ -108,6 +108,7 @@ class ExportedDetector:
         if not path.is_file():
             raise ExportedFileError(f"{path}: there is no such file; write it with `diffusionad export`")
         loader = {"onnxruntime": _load_onnx, "openvino": _load_openvino, "torch": _load_torch}[runtime]
+        self.loading = {"threads": threads, "reconstructions": reconstructions, "options": options}
         try:
             outputs = OUTPUTS if reconstructions else OUTPUTS[:2]
             text, self.graph = loader(path, outputs, threads, dict(options or {}))
@@ -127,6 +128,10 @@ class ExportedDetector:
                     f"{path}: {name}={threshold!r} must be a finite number, or None for the one in the file"
                 )
         self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of a runtime nothing can be pickled: another process loads the file again, with the same settings."""
+        return _unpickled, (self.path, self.loading, self.image_threshold, self.pixel_threshold)
 
     def __call__(
         self,
@@ -215,6 +220,14 @@ class ExportedDetector:
             None if masks is None else _collect(masks, output_type),
             None if self.image_threshold is None else all_scores > self.image_threshold,
         )
+
+
+def _unpickled(
+    path: Path, loading: dict[str, Any], image_threshold: float | None, pixel_threshold: float | None
+) -> ExportedDetector:
+    detector = ExportedDetector(path, **loading)
+    detector.image_threshold, detector.pixel_threshold = image_threshold, pixel_threshold
+    return detector
 
 
 def _check_arguments(batch_size: int, output_type: str) -> int:
