@@ -210,7 +210,7 @@ def _matte_problems(folder: Path, entries: list[Entry], max_pixels: int) -> list
 
 def _missing_masks(folder: Path, entries: list[Entry]) -> Iterator[Problem]:
     defective = [entry for entry in entries if entry.defect_type != "good"]
-    unmarked = [entry.picture for entry in defective if entry.mask is None]
+    unmarked = [entry.picture for entry in defective if entry.mask is None and not entry.unclear]
     if unmarked and len(unmarked) == len(defective):
         message = f"{folder}: none of the {len(defective)} defective pictures has a mask, so there are no pixel metrics"
         yield Problem("warning", folder, f"{message}; add masks to have them")
