@@ -1,5 +1,6 @@
 """`diffusionad check-data`: trees in every layout with everything that goes wrong."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from diffusionad_pipe.check_data import Problem, check_data
 from diffusionad_pipe.cli import app
+from diffusionad_pipe.data import load_anomaly_dataset
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # may not be there
 
@@ -178,3 +180,57 @@ def test_the_real_magnetic_tiles() -> None:
         f"exp{name}.png" for name in ("3_num_45042", "4_num_124690", "4_num_352527", "4_num_45057")
     }
     assert len(problems) == 4 and all("marks nothing" in problem.message for problem in problems)
+
+
+def test_masks_follow_the_folders_of_their_pictures(tmp_path: Path) -> None:
+    root = tmp_path / "part"
+    layouts.pictures(root, [f"train/good/{index}.png" for index in range(3)] + ["test/good/9.png"])
+    layouts.pictures(root, ["test/dent/cam1/000.png", "test/dent/cam2/000.png", "test/dent/cam2/001.png"])
+    layouts.masks(root, ["ground_truth/dent/000_mask.png", "ground_truth/dent/001_mask.png"])
+    errors = found(root, "error")
+    assert set(errors) == {"test/dent/cam1/000.png", "test/dent/cam2/000.png"}
+    assert all("000_mask.png is its mask or that of another" in message for message in errors.values())
+    rows = load_anomaly_dataset(root)["test"]
+    assert [Path(path).name for path, mask in zip(rows["path"], rows["mask"]) if mask is not None] == ["001.png"]
+
+    (root / "ground_truth/dent/000_mask.png").unlink()
+    layouts.masks(root, ["ground_truth/dent/cam1/000_mask.png", "ground_truth/dent/cam2/000.png"])
+    assert found(root, "error") == {}
+    assert sum(mask is not None for mask in load_anomaly_dataset(root)["test"]["mask"]) == 3
+
+
+def test_names_that_mean_something_elsewhere(tmp_path: Path) -> None:
+    root = tmp_path / "data" / "part"
+    layouts.pictures(root, ["train/good/A.png", "train/good/a.png", "train/good/größe.png", "test/good/1.png"])
+    layouts.pictures(root, ["train/good/gro\u0308ße.png", "test/dent/1.jfif", "test/good/2.ppm"])
+    layouts.pictures(root, ["train/good/.hidden/1.png", "train/good/@eaDir/1.png"])
+    layouts.pictures(root.parent, [".Trash-1000/train/good/1.png"])
+    latin = os.fsdecode(b"train/good/M\xfcnchen.png")
+    shutil.copy(root / "train/good/A.png", root / latin)
+    (root / "train" / "good" / "b.heic").write_bytes(b"...")
+    problems = check_data(root.parent)
+    warnings = {problem.path.name: problem.message for problem in problems if problem.severity == "warning"}
+    assert "only in case or in how its letters are composed" in warnings["a.png"]
+    assert [name for name in warnings if "e.png" in name] and "rename the file" in warnings[Path(latin).name]
+    assert [problem for problem in problems if problem.severity == "error"] == []
+    assert "b.heic" in found(root, "note")["train/good/b.heic"]
+    splits = load_anomaly_dataset(root.parent)
+    assert len(splits["train"]) == 5 and len(splits["test"]) == 3
+    assert r"M\xfcnchen.png" in "".join(splits["train"]["path"])
+    assert all(np.asarray(image).ndim == 3 for image in splits["train"]["image"])
+
+
+def test_mattes_and_masks_in_doubt(tmp_path: Path) -> None:
+    root = tmp_path / "part"
+    layouts.pictures(root, ["train/good/0.png", "train/good/1.png", "test/good/2.png", "test/dent/3.png"])
+    layouts.masks(root, ["ground_truth/dent/3_mask.png", "DISthresh/good/0.png"])
+    assert set(found(root, "warning")) == {"train/good/1.png"}  # it has no matte
+    mask = Image.open(root / "ground_truth/dent/3_mask.png").convert("L").point(lambda value: min(value, 1))
+    mask.putpalette([0, 0, 0, 0, 0, 0])
+    mask.save(root / "ground_truth/dent/3_mask.png")
+    (root / "DISthresh/good/0.png").write_bytes(b"no picture")
+    errors = found(root, "error")
+    assert "leaves open what it marks" in errors["ground_truth/dent/3_mask.png"]
+    assert "this is not a picture" in errors["DISthresh/good/0.png"] and len(errors) == 2
+    (root / "train/good/1.png").write_bytes(b"")
+    assert "has 1 good picture to train on that can be read" in found(root, "error")["."]

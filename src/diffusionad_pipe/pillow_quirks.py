@@ -1,6 +1,6 @@
 """What Pillow decodes wrongly without a word, put right or refused with the tag's name; and limits it need not have.
 
-Found by comparing it with tifffile and with pixels written by hand: `tests/test_pillow_quirks.py`.
+Found by comparing it with tifffile and with pixels written by hand: `tests/odd_files.py`.
 """
 
 import struct
