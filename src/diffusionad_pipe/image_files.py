@@ -148,7 +148,9 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
         ImageFileError: if a path does not exist, or a folder cannot be read or has no pictures.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
-    found = {os.path.abspath(file): file for path in paths for file in list_pictures(path)}
+    found: dict[str, Path] = {}
+    for file in (file for path in paths for file in list_pictures(path)):
+        found.setdefault(os.path.abspath(file), file)
     pictures = without_products(list(found.values()))
     if found and not pictures:
         first = shown(next(iter(found.values())))
