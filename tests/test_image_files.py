@@ -16,7 +16,6 @@ from diffusionad_pipe.image_files import (
     ImageFileError,
     find_images,
     open_image,
-    write_atomically,
 )
 
 PIXELS = np.arange(16 * 20 * 3, dtype=np.uint16).reshape(16, 20, 3) % 251
@@ -251,40 +250,3 @@ def test_refuses_missing_paths_and_folders_without_pictures(tmp_path):
     touch(tmp_path / "notes.txt")
     with pytest.raises(ImageFileError, match=r"no pictures; their names must end in one of \.png"):
         find_images(tmp_path)
-
-
-def test_writes_atomically(tmp_path):
-    path = tmp_path / "map.png"
-    seen = []
-
-    def write(temporary: Path) -> None:
-        seen.append(temporary)
-        assert not path.exists()
-        PICTURE.save(temporary)
-
-    write_atomically(str(path), write)
-    assert seen[0].parent == tmp_path
-    assert seen[0].suffix == ".png"
-    assert os.listdir(tmp_path) == ["map.png"]
-    assert open_image(path).size == (20, 16)
-
-
-@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path, failure):
-    path = tmp_path / "map.png"
-    path.write_bytes(b"old")
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(b"half")
-        raise failure
-
-    with pytest.raises(failure):
-        write_atomically(path, write)
-    assert os.listdir(tmp_path) == ["map.png"]
-    assert path.read_bytes() == b"old"
-
-
-def test_written_files_have_the_usual_permissions(tmp_path):
-    write_atomically(tmp_path / "a.txt", lambda path: path.write_text("a"))
-    touch(tmp_path / "b.txt")
-    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "b.txt").stat().st_mode

@@ -1,6 +1,7 @@
 """A folder that a command writes into: what it may replace and delete, and what it must leave alone."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -178,3 +179,55 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     for place in (tmp_path / "file" / "out", Path("/proc/out")):
         with pytest.raises(OutputError, match=f"{place} cannot be written .*choose another"), OutputFolder(place):
             pass
+
+
+def test_a_file_is_written_beside_and_then_renamed(tmp_path: Path) -> None:
+    path = tmp_path / "map.png"
+    seen = []
+
+    def write(temporary: Path) -> None:
+        seen.append(temporary)
+        assert not path.exists()
+        Image.new("L", (8, 8)).save(temporary)
+
+    write_file(str(path), write)
+    assert tmp_path in seen[0].parents and seen[0].suffix == ".png"
+    assert {file.name for file in tmp_path.iterdir()} == {"map.png", ".diffusionad"}
+    assert Image.open(path).size == (8, 8)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, failure: type[BaseException]) -> None:
+    path = tmp_path / "map.png"
+    write_file(path, lambda temporary: temporary.write_bytes(b"old"))
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        raise failure
+
+    with pytest.raises(failure):
+        write_file(path, write)
+    assert path.read_bytes() == b"old" and not any((tmp_path / ".diffusionad" / "unfinished").iterdir())
+
+
+def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    write_file(tmp_path / "a.txt", lambda path: path.write_text("a"))
+    (tmp_path / "b.txt").touch()
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
+
+
+def test_nothing_else_deletes_or_replaces_files() -> None:
+    """But for the Space, which deletes what visitors have uploaded."""
+    root = Path(__file__).parents[1]
+    deleting = re.compile(r"os\.(remove|unlink|rename|replace|rmdir)|rmtree|shutil\.move|\.(unlink|rmdir)\(")
+        r"(\.unlink|rmtree|\.rmdir|os\.(remove|replace|rename)|\.replace|\.rename|shutil\.move)\((?![\"'f])"
+    )
+    found = [
+        f"{file.relative_to(root)}: {line.strip()}"
+        for folder in ("src", "training")
+        for file in (root / folder).rglob("*.py")
+        if file.name != "output_folder.py"
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if deleting.search(line)
+    ]
+    assert not found

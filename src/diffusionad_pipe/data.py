@@ -12,8 +12,9 @@ import datasets
 from datasets.table import embed_table_storage
 
 from .data_layouts import LAYOUTS, Entry, split_of
-from .image_files import MAX_PIXELS, ImageFileError, PathLike, is_hidden, shown, write_atomically
+from .image_files import MAX_PIXELS, ImageFileError, PathLike, is_hidden, shown
 from .masks import read_mask
+from .output_folder import OutputFolder
 from .progress import tracked
 
 logger = logging.getLogger(__name__)
@@ -268,7 +269,7 @@ def export_parquet(dataset: datasets.DatasetDict, folder: PathLike) -> None:
 
     Args:
         dataset: as [`load_anomaly_dataset`] gives it.
-        folder: is made; must not hold an export yet.
+        folder: is made; must not hold an export, or a folder `data`, yet.
 
     Raises:
         ValueError: if it does.
@@ -276,15 +277,18 @@ def export_parquet(dataset: datasets.DatasetDict, folder: PathLike) -> None:
     data = Path(folder) / "data"
     if any(data.glob("*.parquet")):
         raise ValueError(f"{data} holds Parquet files already: choose another folder, or remove them")
-    data.mkdir(parents=True, exist_ok=True)
     shared = os.path.commonpath([os.path.dirname(path) for rows in dataset.values() for path in rows["path"]])
-    for split, rows in dataset.items():
-        rows = rows.map(lambda path: {"path": Path(path).relative_to(shared).as_posix()}, input_columns="path")
-        count = -(-len(rows) // PICTURES_PER_FILE)
-        for index in tracked(range(count), f"exporting {split}", unit="file"):
-            part = rows.shard(count, index).with_format("arrow")
-            embedded = part.map(embed_table_storage, batched=True, keep_in_memory=True).with_format(None)
-            write_atomically(data / f"{split}-{index:05d}-of-{count:05d}.parquet", embedded.to_parquet)
+
+    def write(place: Path) -> None:
+        for split, rows in dataset.items():
+            rows = rows.map(lambda path: {"path": Path(path).relative_to(shared).as_posix()}, input_columns="path")
+            count = -(-len(rows) // PICTURES_PER_FILE)
+            for index in tracked(range(count), f"exporting {split}", unit="file"):
+                part = rows.shard(count, index).with_format("arrow")
+                embedded = part.map(embed_table_storage, batched=True, keep_in_memory=True).with_format(None)
+                embedded.to_parquet(place / f"{split}-{index:05d}-of-{count:05d}.parquet")
+
+    OutputFolder(folder, "export_parquet", "folder").write_tree("data", write)
 
 
 def is_export(path: PathLike) -> bool:

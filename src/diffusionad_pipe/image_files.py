@@ -1,9 +1,8 @@
-"""Picture files: finding, opening and writing them. Every error names the path, the cause and the cure."""
+"""Picture files: finding and opening them. Every error names the path, the cause and the cure."""
 
 import logging
 import os
 import stat
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -213,22 +212,6 @@ def search_folder(folder: PathLike, failures: list[str] | None = None) -> list[P
 def is_hidden(name: str) -> bool:
     """Whether a file's or folder's name says that it is no data: `.thumbs`, or `@eaDir` of Synology's disks."""
     return name.startswith((".", "@eaDir"))
-
-
-def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
-    """Write a file so that nobody ever sees half of it, and an older one survives a failure.
-
-    Args:
-        path: the file to write; its folder must exist.
-        write: writes a temporary file at the path it is called with, in the same folder with the same suffix.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # gone already after a success
 
 
 @contextmanager
