@@ -12,6 +12,8 @@ import datasets
 from datasets.table import embed_table_storage
 
 from .data_layouts import LAYOUTS, Entry, split_of
+from .dataset_rows import load_rows
+from .hub_caches import explained_caches
 from .image_files import MAX_PIXELS, ImageFileError, PathLike, is_hidden, shown
 from .masks import read_mask
 from .output_folder import OutputFolder
@@ -299,7 +301,7 @@ def is_export(path: PathLike) -> bool:
 def _load_parquet(path: PathLike, category: str | None) -> datasets.DatasetDict:
     if not is_export(path):
         raise ValueError(f"{path} has no Parquet files data/<split>-*-of-*.parquet: write them with export_parquet")
-    splits = datasets.load_dataset(str(path))
+    splits = load_rows(str(path))
     if not all(set(FEATURES) <= set(rows.features) for rows in splits.values()):
         raise ValueError(
             f"{path} was not written by export_parquet: it lacks some of the columns {', '.join(FEATURES)}"
@@ -308,5 +310,6 @@ def _load_parquet(path: PathLike, category: str | None) -> datasets.DatasetDict:
     chosen = _choose(path, names, category)
     if chosen == names:
         return splits
-    some = splits.filter(lambda name: name in chosen, input_columns="category")
+    with explained_caches():
+        some = splits.filter(lambda name: name in chosen, input_columns="category")
     return datasets.DatasetDict({split: rows for split, rows in some.items() if len(rows)})

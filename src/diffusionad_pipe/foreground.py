@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from .draws import uniform
+from .hub_caches import explained_caches
 from .weights_digest import weights_digest
 
 FOREGROUND_PROVIDERS = ("none", "random", "threshold", "folder", "transformers")
@@ -77,6 +78,7 @@ def random_foregrounds(height: int, width: int, generators: Sequence[torch.Gener
 
 
 @lru_cache(maxsize=1)
+@explained_caches()
 def _load_segmentation_model(model: str) -> tuple[Any, Any]:
     try:
         return AutoImageProcessor.from_pretrained(model), AutoModelForSemanticSegmentation.from_pretrained(model).eval()

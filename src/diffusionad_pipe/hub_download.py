@@ -9,9 +9,11 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from .hub_caches import explained_caches
 from .weights_files import WeightsFileError
 
 
+@explained_caches()
 def download_pipeline(name: str, **kwargs: Any) -> str:
     """Download a pipeline and return its folder.
 
@@ -22,6 +24,7 @@ def download_pipeline(name: str, **kwargs: Any) -> str:
 
     Raises:
         WeightsFileError: for a path, at which there is no folder.
+        OutputError: where the cache of the Hub cannot be written.
     """
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name:
         raise WeightsFileError(

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
+from .dataset_rows import load_rows
 from .image_files import ImageFileError, list_pictures, open_cell, open_image, search_folder, without_products
 from .output_folder import LONGEST_NAME, OwnProducts, folded, safe_name, sha256_of
 from .pixels import MAX_ASPECT_RATIO
@@ -139,21 +140,13 @@ def find_rows(dataset: str, split: str | None = None, column: str = "image") -> 
 
     Raises:
         ValueError: names the dataset, the cause and the cure.
+        OutputError: where the caches of `datasets` cannot be written.
         ModuleNotFoundError: without the package `datasets`.
     """
     import datasets
 
     path = Path(dataset)
-    is_file = path.suffix == ".parquet"
-    if is_file and not path.is_file():
-        raise ValueError(f"{dataset}: there is no such file; check the path")
-    try:
-        splits = datasets.load_dataset("parquet", data_files=dataset) if is_file else datasets.load_dataset(dataset)
-    except Exception as error:  # every format has errors of its own
-        cause = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{dataset} cannot be read as a dataset ({cause}): give a Hub id, a Parquet file or a folder of them"
-        ) from error
+    splits = load_rows(dataset)
     split = split or ("test" if "test" in splits else next(iter(splits)) if len(splits) == 1 else None)
     if split not in splits:
         raise ValueError(f"{dataset} has no split {split or 'test'!r}: choose one of {', '.join(splits)} with --split")
@@ -167,7 +160,7 @@ def find_rows(dataset: str, split: str | None = None, column: str = "image") -> 
         raise ValueError(
             f"{dataset}: the column {column!r} holds no pictures: choose another --image-column"
         ) from error
-    place = Path(path.stem if is_file else path.name, str(split))
+    place = Path(path.stem if path.suffix == ".parquet" else path.name, str(split))
 
     def name(index: int) -> str:
         return f"{dataset}[{split}][{index}]"

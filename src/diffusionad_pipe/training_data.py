@@ -16,12 +16,14 @@ from PIL import ExifTags, Image
 
 from .data import load_anomaly_dataset
 from .data_layouts import REFERENCE_FOREGROUNDS
+from .dataset_rows import load_rows
 from .foreground import (
     FOREGROUND_PROVIDERS,
     segmentation_model_digest,
     segmentation_model_foreground,
     threshold_foreground,
 )
+from .hub_caches import explained_caches
 from .image_files import MAX_PIXELS, ImageFileError, find_images, open_cell, open_image, shown
 from .image_processor import DiffusionADImageProcessor
 from .masks import read_matte
@@ -150,14 +152,15 @@ def read_good_pictures(
         cells = train.cast_column("image", datasets.Image(decode=False))["image"]
         return read_pictures(zip(train["path"], cells), resolution, what="good pictures", **limits)
 
-    rows = datasets.load_dataset(dataset_name, category, split="train", streaming=streaming)
+    rows = load_rows(dataset_name, category, split="train", streaming=streaming)
     features = rows.features or {}
     if features and image_column not in features:
         raise ValueError(f"{dataset_name} has no column {image_column!r}: name one of {', '.join(features)}")
     classes = getattr(features.get("label"), "names", [])
     good = [index for index, name in enumerate(classes) if name.lower() in ("good", "normal", "ok")]
     if good:
-        rows = rows.filter(lambda row: row["label"] in good)
+        with explained_caches():
+            rows = rows.filter(lambda row: row["label"] in good)
     if isinstance(features.get(image_column), datasets.Image):  # else it decodes them itself, by rules of its own
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     sources = ((f"{dataset_name}[{index}]", row[image_column]) for index, row in enumerate(rows))
