@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from .image_files import IMAGE_SUFFIXES, ImageFileError, find_images, is_hidden, search_folder
+from .image_files import IMAGE_SUFFIXES, ImageFileError, find_images, is_hidden, search_folder, without_products
 
 # Where the authors keep mattes: beside the folder `train`, under the names of its pictures.
 REFERENCE_FOREGROUNDS = ("DISthresh", "thresh")
@@ -107,7 +107,7 @@ def visa_table(root: Path) -> list[dict[str, str]]:
     path = root / "split_csv" / "1cls.csv"
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file, which says what is for training; copy it from VisA's archive")
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         missing = {"object", "split", "label", "image", "mask"} - set(reader.fieldnames or ())
         if missing:
@@ -119,7 +119,8 @@ def _read_dagm(root: Path) -> list[Entry]:
     entries = []
     for split in ("train", "test"):
         folder = root / split.title()
-        pictures = {file.stem: file for file in folder.glob("*") if is_picture(file)}
+        files = without_products([file for file in folder.glob("*") if is_picture(file)])
+        pictures = {file.stem: file for file in files}
         masks = {file.stem.removesuffix("_label"): file for file in folder.glob("Label/*_label.*")}
         for table in folder.glob("Label/[Ll]abels.txt"):  # names also what was not downloaded
             names = re.findall(r"[\w-]+\.[A-Za-z]\w*", table.read_text(encoding="utf-8"))
@@ -189,7 +190,7 @@ def _with_masks(folder: Path, mask_folder: Path, defect_type: str) -> list[Entry
     """
     pictures = _pictures(folder)
     masks: dict[Path, list[Path]] = {}  # by sub-folder and stem
-    for mask in search_folder(mask_folder) if mask_folder.is_dir() else []:
+    for mask in without_products(search_folder(mask_folder) if mask_folder.is_dir() else []):
         masks.setdefault(mask.relative_to(mask_folder).with_suffix(""), []).append(mask)
 
     def named_after(place: Path) -> list[Path]:
