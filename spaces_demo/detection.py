@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from diffusionad_pipe import open_image
 from diffusionad_pipe.image_files import OR_RAISE_MAX_PIXELS
+from diffusionad_pipe.output_folder import safe_name
 
 if TYPE_CHECKING:
     import torch
@@ -263,7 +264,7 @@ def write_files(
         "pixel_threshold": pixel_threshold or None,
         "regions": [region._asdict() for region in regions],
     }
-    stem = Path(detection.name).stem[:60] or "picture"
+    stem = safe_name(Path(detection.name).stem or "picture")
     folder = folder / uuid.uuid4().hex  # two visitors may have pictures of one name
     folder.mkdir(parents=True)
     overlay_path, map_path, report_path = (folder / f"{stem}{end}" for end in ("_overlay.png", "_map.png", ".json"))

@@ -132,6 +132,18 @@ def test_one_run_at_a_time_and_none_after_a_kill(tmp_path: Path) -> None:
         assert folder.remove_tree()
 
 
+def test_a_damaged_record_harms_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with OutputFolder(tmp_path / "out") as folder:
+        folder.write_text("a.txt", "1")
+    with open(tmp_path / "out" / ".diffusionad" / "written.jsonl", "a") as record:
+        record.write(
+            '["../mine.txt", -1, 0, "", ""]\n["/etc/hosts", -1, 0, "", ""]\n[1]\n{}\n["b", "x", 0, "", ""]\n["ha'
+        )
+    assert OutputFolder(tmp_path / "out").record.keys() == {"a.txt"}
+    assert OutputFolder(tmp_path / "out").remove_tree() and (tmp_path / "mine.txt").exists()
+
+
 def test_a_long_record_is_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusionad_pipe.output_folder.SUPERSEDED", 10)
     with OutputFolder(tmp_path) as folder:

@@ -349,10 +349,9 @@ class OutputFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _place(self, name: str) -> Path:
-        parts = PurePosixPath(name).parts
-        if not parts or any(part in ("..", "/") or UNSAFE.search(part) for part in parts):
+        if not _is_inside(name):
             raise ValueError(f"{name!r} is no name for a file in an output folder")  # a fault of ours
-        return self.path.joinpath(*parts)
+        return self.path.joinpath(*PurePosixPath(name).parts)
 
     def _content(self, file: Path, sha256: str | None = None) -> Content:
         status = os.stat(file)
@@ -501,6 +500,12 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
+def _is_inside(name: str) -> bool:
+    """Whether a relative name stays in its folder, on every system."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not any(part == ".." or UNSAFE.search(part) for part in parts)
+
+
 def read_record(folder: Path) -> dict[str, list[Content]]:
     """What [`OutputFolder.record`] says of a folder; of a line that a killed run did not end, nothing."""
     try:
@@ -511,9 +516,11 @@ def read_record(folder: Path) -> dict[str, list[Content]]:
     for line in text.splitlines():
         try:
             name, size, modified, sha256, writer = json.loads(line)
+            content = Content(int(size), int(modified), str(sha256), str(writer))
         except (ValueError, TypeError):
             continue
-        record.setdefault(str(name), []).append(Content(size, modified, sha256, writer))
+        if _is_inside(str(name)):
+            record.setdefault(str(name), []).append(content)
     return record
 
 
