@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from detection import (
 from gradio import processing_utils
 from model_menu import load_model, read_defaults, read_menu, read_model_card
 from PIL import Image
+from server_disk import written_for_visitor
 
 from diffusionad_pipe.colours import COLOUR_SCALE
 from diffusionad_pipe.freed_memory import keep_freed_memory
@@ -74,15 +77,22 @@ def get_model(name: str):
     """
     if name not in MENU:
         raise sentence(f"{name} is not among the models here; choose one of {', '.join(MENU)}")
-    try:
+    with told_to_visitor():
         return load_model(name, MENU[name])
-    except ValueError as error:
-        raise sentence(error) from error
 
 
 def sentence(error: object) -> gr.Error:
     """What went wrong, for the visitor; the log needs no traceback of it."""
     return gr.Error(str(error), print_exception=False)
+
+
+@contextmanager
+def told_to_visitor() -> Iterator[None]:
+    """Where a ValueError is one sentence for the visitor."""
+    try:
+        yield
+    except ValueError as error:
+        raise sentence(error) from error
 
 
 async def refuse_address(url: str) -> None:
@@ -136,10 +146,8 @@ def detect(picture, model, image_threshold, pixel_threshold, *settings):
         return NOTHING
     image_threshold, pixel_threshold, settings = read_settings(image_threshold, pixel_threshold, *settings)
     pipe = get_model(model)
-    try:
+    with told_to_visitor():
         detection = examine(model, picture["path"], picture.get("orig_name") or "picture", settings)
-    except ValueError as error:
-        raise sentence(error) from error
     verdict, regions, contours = judge(pipe, detection, image_threshold, pixel_threshold)
     shown, heatmap = write_png(detection.shown), write_png(draw_heatmap(pipe, detection))
     sliders = (shown, heatmap), (shown, write_png(detection.reconstruction))
@@ -154,8 +162,9 @@ def write_png(image: Image.Image | None) -> str | None:
     if image is None:
         return None
     path = Path(picture.GRADIO_CACHE, uuid.uuid4().hex, "picture.png")
-    path.parent.mkdir(parents=True)
-    image.save(path, compress_level=1)
+    with told_to_visitor(), written_for_visitor():
+        path.parent.mkdir(parents=True)
+        image.save(path, compress_level=1)
     return str(path)
 
 
@@ -206,11 +215,9 @@ def save_files(detection: Detection | None, image_threshold, pixel_threshold) ->
     image_threshold, pixel_threshold, _ = read_settings(image_threshold, pixel_threshold, *DEFAULT_SETTINGS)
     if detection is None:
         raise sentence("there is no result yet; choose a picture first")
-    try:
-        folder = Path(files.GRADIO_CACHE)
+    folder = Path(files.GRADIO_CACHE)
+    with told_to_visitor():
         return write_files(get_model(detection.model), detection, image_threshold, pixel_threshold, folder)
-    except ValueError as error:
-        raise sentence(error) from error
 
 
 def detect_batch(uploads, model, image_threshold, pixel_threshold, *settings):
@@ -234,7 +241,8 @@ def detect_batch(uploads, model, image_threshold, pixel_threshold, *settings):
         heatmap = draw_heatmap(pipe, detection)
         heatmap.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         marked = 100 * sum(region.area for region in regions) / (detection.size[0] * detection.size[1])
-        thumbnail = processing_utils.save_pil_to_cache(heatmap, gallery.GRADIO_CACHE, format="webp")
+        with written_for_visitor():
+            thumbnail = processing_utils.save_pil_to_cache(heatmap, gallery.GRADIO_CACHE, format="webp")
         score, threshold = verdict["score"], verdict["threshold"]
         return BatchRow(name, verdict["verdict"], score, threshold, len(regions), round(marked, 3), thumbnail)
 
@@ -268,8 +276,9 @@ def save_csv(batch: Batch | None) -> str:
     if batch is None:
         raise sentence("there is no batch yet; examine some pictures first")
     path = Path(csv_file.GRADIO_CACHE, uuid.uuid4().hex, "results.csv")
-    path.parent.mkdir(parents=True)
-    path.write_text(to_csv(batch), encoding="utf-8")
+    with told_to_visitor(), written_for_visitor():
+        path.parent.mkdir(parents=True)
+        path.write_text(to_csv(batch), encoding="utf-8")
     return str(path)
 
 
@@ -306,12 +315,13 @@ def delete_old_files() -> None:
         time.sleep(max(KEEP_SECONDS // 6, 1))
         for files_of_block in demo.temp_file_sets:
             for file in files_of_block.copy() - examples:
-                path = Path(file)
-                if not path.exists():
-                    files_of_block.discard(file)
-                elif time.time() - path.lstat().st_ctime > KEEP_SECONDS:
-                    path.unlink()
-                    files_of_block.discard(file)
+                with suppress(OSError):  # what cannot be deleted now is tried again
+                    path = Path(file)
+                    if not path.exists():
+                        files_of_block.discard(file)
+                    elif time.time() - path.lstat().st_ctime > KEEP_SECONDS:
+                        path.unlink()
+                        files_of_block.discard(file)
 
 
 INTRODUCTION = """# Find the defect

@@ -9,9 +9,12 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+
+from server_disk import written_for_visitor
 
 MAX_PICTURES = 200
 MAX_MEMBER_BYTES = 20 * 2**20  # of one picture, unpacked
@@ -137,7 +140,7 @@ def unpack(item: BatchItem, target: Path, limit: int) -> int:
         The number of bytes.
 
     Raises:
-        ValueError: for a damaged archive or too many bytes.
+        ValueError: for a damaged archive, too many bytes, or no room for them.
     """
     assert item.member is not None
     try:
@@ -149,7 +152,8 @@ def unpack(item: BatchItem, target: Path, limit: int) -> int:
         raise ValueError(f"the batch has more than {MAX_UNPACKED_BYTES >> 20} MB unpacked; split it")
     if len(content) > MAX_MEMBER_BYTES:
         raise ValueError(f"it has more than {MAX_MEMBER_BYTES >> 20} MB; make the picture smaller")
-    target.write_bytes(content)
+    with written_for_visitor():
+        target.write_bytes(content)
     return len(content)
 
 
@@ -172,23 +176,24 @@ def examine_batch(
         return
     yield batch
     left = MAX_UNPACKED_BYTES
-    with tempfile.TemporaryDirectory() as folder:  # deleted too when the visitor cancels or leaves
-        for item in items:
-            path = Path(item.path)
-            try:
-                if item.problem:
-                    raise ValueError(item.problem)
+    for item in items:
+        path = Path(item.path)
+        try:
+            if item.problem:
+                raise ValueError(item.problem)
+            with ExitStack() as unpacked:
                 if item.member is not None:
-                    path = Path(folder, "picture")
+                    with written_for_visitor():
+                        path = Path(unpacked.enter_context(tempfile.TemporaryDirectory()), "picture")
                     left -= unpack(item, path, left)
                 batch.rows.append(examine(str(path), item.name))
-            except ValueError as error:
-                batch.problems.append((item.name, str(error)))
-            if time.monotonic() > end and len(batch.rows) + len(batch.problems) < len(items):
-                batch.stopped = f"stopped after {seconds / 60:.0f} minutes; send the rest as another batch"
-            yield batch
-            if batch.stopped:
-                return
+        except ValueError as error:
+            batch.problems.append((item.name, str(error)))
+        if time.monotonic() > end and len(batch.rows) + len(batch.problems) < len(items):
+            batch.stopped = f"stopped after {seconds / 60:.0f} minutes; send the rest as another batch"
+        yield batch
+        if batch.stopped:
+            return
 
 
 def to_csv(batch: Batch) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+from server_disk import written_for_visitor
 
 from diffusionad_pipe import open_image
 from diffusionad_pipe.image_files import OR_RAISE_MAX_PIXELS
@@ -30,6 +31,7 @@ MAX_NOISE_SAMPLES = 8
 MAX_SECONDS = 60  # for one picture; a free CPU needs about one for each noise sample
 MAX_SHOWN_SIDE = 768
 OPACITY = 0.8
+DELETED = "the picture was deleted from the server meanwhile; upload it again"
 
 # What the intermediate pictures are, in the order in which they come about.
 STEPS = ("noised_small", "noised_large", "pred_small", "pred_large", "prev_sample")
@@ -122,7 +124,10 @@ def run_model(pipe: "DiffusionADPipeline", model: str, path: str, name: str, set
 
     if settings.num_noise_samples > MAX_NOISE_SAMPLES:
         raise ValueError(f"at most {MAX_NOISE_SAMPLES} noise samples are taken here")
-    megabytes = os.path.getsize(path) / 2**20
+    try:
+        megabytes = os.path.getsize(path) / 2**20
+    except OSError as error:
+        raise ValueError(DELETED) from error
     if megabytes > MAX_PICTURE_BYTES / 2**20:
         raise ValueError(f"the file has {megabytes:.0f} MB; give a picture of at most {MAX_PICTURE_BYTES >> 20} MB")
     try:
@@ -243,12 +248,12 @@ def write_files(
         Three paths: overlay (PNG), anomaly map (16-bit PNG, 65535 is 1), and everything in numbers (JSON).
 
     Raises:
-        ValueError: when the uploaded picture was deleted meanwhile.
+        ValueError: when the uploaded picture was deleted meanwhile, or there is no room for files.
     """
     try:
         image = open_image(detection.path, max_pixels=MAX_PIXELS)
     except ValueError as error:
-        raise ValueError("the picture was deleted from the server meanwhile; upload it again") from error
+        raise ValueError(DELETED) from error
     processor = pipe.image_processor
     picture = processor.postprocess(processor.preprocess(image, *detection.size)[0], "pil")[0]
     anomaly_map = resize_map(pipe, detection, detection.size)
@@ -266,9 +271,11 @@ def write_files(
     }
     stem = safe_name(Path(detection.name).stem or "picture")
     folder = folder / uuid.uuid4().hex  # two visitors may have pictures of one name
-    folder.mkdir(parents=True)
     overlay_path, map_path, report_path = (folder / f"{stem}{end}" for end in ("_overlay.png", "_map.png", ".json"))
-    processor.visualize_anomaly_map(picture, anomaly_map, mask).save(overlay_path)
-    Image.fromarray((anomaly_map.numpy() * 65535).round().astype(np.uint16)).save(map_path)
-    report_path.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+    overlay = processor.visualize_anomaly_map(picture, anomaly_map, mask)
+    with written_for_visitor():
+        folder.mkdir(parents=True)
+        overlay.save(overlay_path)
+        Image.fromarray((anomaly_map.numpy() * 65535).round().astype(np.uint16)).save(map_path)
+        report_path.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
     return [str(overlay_path), str(map_path), str(report_path)]

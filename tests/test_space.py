@@ -231,6 +231,25 @@ def test_errors_say_what_is_wrong_and_the_app_goes_on(client, tmp_path):
     assert verdict["verdict"] in ("Defective", "Looks good")
 
 
+def test_a_disk_that_takes_no_files_is_a_sentence(client, folder):
+    client.predict(handle_file(EXAMPLE), api_name="/detect")
+    client.predict([handle_file(EXAMPLE)], "tiny", *DEFAULTS, api_name="/batch")
+    uploads = folder / "uploads"
+    uploads.rename(folder / "kept")
+    uploads.touch()  # nothing can be made in it
+    try:
+        for endpoint, arguments in (("/decide", (0.4, 0.5)), ("/explain", ()), ("/batch_csv", ())):
+            with pytest.raises(AppError, match="the server has no room for files just now") as error:
+                client.predict(*arguments, api_name=endpoint)
+            assert "uploads" not in str(error.value)
+    finally:
+        uploads.unlink()
+        (folder / "kept").rename(uploads)
+    assert len(client.predict(0.4, 0.5, api_name="/files")) == 3
+    log = (folder / "log.txt").read_text()
+    assert "cannot be written: [Errno 20] Not a directory" in log and "Traceback" not in log
+
+
 def test_files_of_the_server_cannot_be_asked_for(client, server, folder):
     outside = folder / "outside.png"
     Image.new("RGB", (64, 64)).save(outside)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -130,9 +131,21 @@ def test_a_batch_ends_in_time_or_when_it_is_left(tmp_path):
     batches = examine_batch(uploads, row)
     next(batches)
     unpacked = Path(next(batches).rows[0].thumbnail)
-    assert unpacked.exists()
-    batches.close()  # as when the visitor cancels
-    assert not unpacked.exists()
+    assert not unpacked.parent.exists()  # it was there while it was examined
+
+
+def test_a_batch_while_the_disk_is_full(tmp_path, monkeypatch):
+    archive, picture = zip_of(tmp_path / "a.zip", {"a.png": b"1"}), tmp_path / "b.png"
+    picture.write_bytes(b"2")
+    monkeypatch.setattr(tempfile, "tempdir", str(picture))  # no folder, so that nothing can be made in it
+    result = run(archive, picture)
+    assert [r.name for r in result.rows] == ["b.png"]
+    [(name, reason)] = result.problems
+    assert name == "a.zip/a.png" and "no room for files" in reason and str(tmp_path) not in reason
+
+    [item] = batch_module.list_items([(str(archive), "a.zip")])
+    with pytest.raises(ValueError, match="no room for files"):
+        batch_module.unpack(item, Path("/dev/full"), 100)
 
 
 def test_menu(tmp_path, saved):
