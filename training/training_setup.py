@@ -137,7 +137,8 @@ def build_datasets(
 
     def sources(chosen: torch.Tensor, draw_side: int) -> dict[str, Any]:
         """What both kinds of draws are made from: chosen pictures, textures of the draws' size, shares."""
-        textures = read_textures(config.texture_dir, draw_side, config.max_pixels)
+        limits: dict[str, Any] = {"max_unreadable": config.max_unreadable, "max_pixels": config.max_pixels}
+        textures = read_textures(config.texture_dir, draw_side, **limits)
         return {
             "pictures": pictures.pixels[chosen].to(device),
             "textures": None if textures is None else textures.to(device),

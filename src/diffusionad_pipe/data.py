@@ -187,7 +187,7 @@ def _refuse_remains(folder: Path) -> None:
         if any(folder.glob(name)) or any(folder.glob(f"*/{name}")):
             raise ValueError(
                 f"{folder} holds {name} but no layout that is known: add its train/good, "
-                'or say layout="folder" if all its pictures are good'
+                "or give the folder of its good pictures instead"
             )
 
 

@@ -444,7 +444,7 @@ def edit_file(path: str | os.PathLike[str], text: str) -> None:
     for parent in path.parents:
         name = path.relative_to(parent).as_posix()
         for writer in {content.writer for content in read_record(parent).get(name, ())}:
-            folder = OutputFolder(parent, writer)
+            folder = OutputFolder(parent, writer, "folder")
             if folder.owns(name):
                 folder.write_text(name, text)
                 return

@@ -91,7 +91,7 @@ def preview_synthesis(
     )
     dataset = SyntheticAnomalyDataset(
         pictures.pixels[trained],
-        read_textures(texture_dir, resolution, max_pixels),
+        read_textures(texture_dir, resolution, max_unreadable=max_unreadable, max_pixels=max_pixels),
         length=max(draws, count),
         seed=seed,
         foregrounds=mattes[trained] if isinstance(mattes, torch.Tensor) else mattes,

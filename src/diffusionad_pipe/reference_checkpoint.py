@@ -199,7 +199,7 @@ def write_checkpoint(
             },
         ),
     }
-    write_file(path, lambda temporary: torch.save(checkpoint, temporary), "convert")
+    write_file(path, lambda temporary: torch.save(checkpoint, temporary), "convert", "name")
 
 
 def _scheduler_args(scheduler: NormGuidedOneStepScheduler, path: str | os.PathLike[str]) -> dict[str, Any]:

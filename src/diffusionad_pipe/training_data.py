@@ -167,13 +167,17 @@ def read_good_pictures(
     return read_pictures(sources, resolution, what="good pictures", **limits)
 
 
-def read_textures(folder: str | None, resolution: int, max_pixels: int = MAX_PIXELS) -> torch.Tensor | None:
-    """Textures `[T, 3, H, W]` uint8 of a folder, nested like DTD's or flat; None: the shipped ones, `"none"`: none."""
+def read_textures(
+    folder: str | None, resolution: int, *, max_unreadable: float = 0.1, max_pixels: int = MAX_PIXELS
+) -> torch.Tensor | None:
+    """Textures `[T, 3, H, W]` uint8 of a folder, nested like DTD's or flat; None: the shipped ones, `"none"`: none.
+    The limits are as in [`read_pictures`]."""
     if folder == "none":
         return None
     paths = find_images([folder or SHIPPED_TEXTURES])
     sources = ((shown(path), str(path)) for path in paths)
-    return read_pictures(sources, resolution, what="textures", max_pixels=max_pixels).pixels
+    limits: dict[str, Any] = {"max_unreadable": max_unreadable, "max_pixels": max_pixels}
+    return read_pictures(sources, resolution, what="textures", **limits).pixels
 
 
 def textures_digest(folder: str | None) -> str | None:
