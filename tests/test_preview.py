@@ -15,6 +15,7 @@ from training_setup import build_datasets
 from typer.testing import CliRunner
 
 from diffusionad_pipe import cli, open_image
+from diffusionad_pipe.output_folder import OutputFolder
 from diffusionad_pipe.preview import ROWS, preview_synthesis
 
 GOOD = Path(__file__).parents[1] / "training" / "data" / "hazelnut_toy" / "hazelnut" / "train" / "good"
@@ -53,10 +54,10 @@ def test_the_sheet_shows_what_training_draws(folder: Path, tmp_path: Path, setti
     assert result.exit_code == 0, result.output
     assert "7 pictures to train on; of 10 draws" in result.output and "the first 10 are in" in result.output
     assert Image.open(sheet).height == 4 * 32 and 10 * 32 < Image.open(sheet).width < 10 * 32 + 120
-    assert [path.name for path in sheet.parent.iterdir()] == ["sheet.png"]
+    assert {path.name for path in sheet.parent.iterdir()} == {"sheet.png", ".diffusionad"}
 
     config = TrainingConfig(train_data_dir=str(folder), output_dir=str(tmp_path / "run"), **settings)
-    training, *_ = build_datasets(config, 10, torch.device("cpu"))
+    training, *_ = build_datasets(config, 10, torch.device("cpu"), OutputFolder(tmp_path / "run"))
     pictures, mattes, masks, composites = columns(sheet, 10).astype(int)
     samples = training.__getitems__(range(10))
     assert 2 <= sum(sample["labels"] for sample in samples) <= 8

@@ -24,6 +24,7 @@ from .exported import FORMAT_VERSION, LARGEST_BATCH, METADATA_KEY, OUTPUTS, Expo
 from .output_folder import OutputFolder
 from .pipeline_diffusionad import DiffusionADPipeline
 from .prefetch import prefetched
+from .progress import libraries_bars
 
 if TYPE_CHECKING:
     import openvino
@@ -188,7 +189,14 @@ def export_detector(
         else:
             onnx_path = temporary / "detector.onnx"
             torch.onnx.export(
-                program, (), onnx_path, input_names=["picture"], output_names=OUTPUTS, dynamo=True, external_data=False
+                program,
+                (),
+                onnx_path,
+                input_names=["picture"],
+                output_names=OUTPUTS,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
             )
             write = write_onnx if format == "onnx" else write_openvino
             write(onnx_path, written / path.name, text, list(calibration) if int8 else [])
@@ -286,6 +294,8 @@ def write_openvino(source: Path, path: Path, metadata: str, calibration: list[ND
         import nncf
         from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
+        nncf.set_log_level(logging.WARNING)  # below it lists every node, on the standard output
+
         def quantize() -> Iterator["openvino.Model"]:
             yield nncf.quantize(
                 model,
@@ -310,7 +320,8 @@ def write_openvino(source: Path, path: Path, metadata: str, calibration: list[ND
 
         # NNCF makes OpenVINO's cores and frees them in any order, which may only be in a thread that then ends: see
         # `exported._openvino_core`.
-        (model,) = prefetched(quantize())
+        with libraries_bars():
+            (model,) = prefetched(quantize())
     resize_by_products(model)  # after quantization, which would round the pictures' pixels to 8 bits once more
     model.set_rt_info(metadata, METADATA_KEY)
     openvino.save_model(model, path, compress_to_fp16=False)

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import TypeVar
 
 from diffusers.utils import logging as diffusers_logging
@@ -101,6 +101,16 @@ def tracked(
         for item in items:
             yield item
             bar.update()
+
+
+@contextmanager
+def libraries_bars() -> Iterator[None]:
+    """Where a library draws bars on the standard output, among what a command answers: a person sees them on the
+    standard error, and a log nothing of them."""
+    with ExitStack() as stack:
+        shown = sys.stderr if is_terminal() else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        stack.enter_context(redirect_stdout(shown))
+        yield
 
 
 def silence_libraries() -> None:
