@@ -218,14 +218,19 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
     assert "converted from `first.pt`" in (model / "README.md").read_text()
     assert "DiffusionAD, screw" in (model / "README.md").read_text()
     assert run("convert", model, second).exit_code == 0
+    (tmp_path / "data").mkdir()
     one, other = (torch.load(file, weights_only=False) for file in (first, second))
     for network in ("unet_model_state_dict", "seg_model_state_dict"):
         assert all(torch.equal(tensor, other[network][key]) for key, tensor in one[network].items())
-    assert [path.name for path in model.parent.iterdir()] == ["screw"]
+    assert {path.name for path in model.parent.iterdir()} == {"screw", ".diffusionad"}
 
     assert "is there already" in refusal("convert", first, model)
     assert run("convert", first, model, "--overwrite").exit_code == 0
-    assert "no pipeline, so it is not overwritten" in refusal("convert", first, model.parent, "--overwrite")
+    assert "was not written by diffusionad convert" in refusal("convert", first, tmp_path / "data", "--overwrite")
+    (model / "README.md").write_text("mine")
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    assert "README.md is no longer what diffusionad convert wrote" in refusal("convert", first, model, "--overwrite")
+    assert before == {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
     assert "one must be a file" in refusal("convert", first, tmp_path / "third.pt")
     assert "one must be a file" in refusal("convert", model, tmp_path / "third")
     (tmp_path / "broken.pt").write_bytes(first.read_bytes()[:1000])
@@ -246,7 +251,7 @@ def test_a_space_folder_is_whole(trained: Path, tmp_path: Path) -> None:
     assert {"pretrained/screw/README.md", "examples/1_04.jpg"} <= names
     assert not any("checkpoint-1" in name or "__pycache__" in name or name.endswith(".bin") for name in names)
     assert sum(name.startswith("examples/") for name in names) == 6
-    assert [path.name for path in space.parent.iterdir()] == ["screw"]  # and no temporary folder
+    assert {path.name for path in space.parent.iterdir()} == {"screw", ".diffusionad"}  # and no temporary folder
 
     lines = (space / "requirements.txt").read_text().splitlines()
     assert any(line.startswith("torch>=") for line in lines) and any(line.startswith("gradio>=") for line in lines)
@@ -281,7 +286,7 @@ def test_calibrate(trained: Path, tmp_path: Path) -> None:
     result = run("calibrate", trained, good, "--false-positive-rate", 0.1)
     assert result.exit_code == 0 and "probability of at most 10 %" in result.output, result.output
     changed = {path.name for path, content in before.items() if path.read_bytes() != content}
-    assert changed == {"model_index.json", "README.md"}
+    assert changed - {"written.jsonl"} == {"model_index.json", "README.md"}
     assert "24 good pictures" in (trained / "README.md").read_text()
 
     # Of 24 scores the 23rd smallest is the quantile: ceil(25 * 0.9).

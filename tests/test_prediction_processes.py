@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.cli import app
+from diffusionad_pipe.output_folder import OutputFolder
 from diffusionad_pipe.prediction_folder import COLUMNS, PredictionFolder, append_share, even_shares
 
 # `--multi_gpu` is accelerate's word for several processes; the environment keeps them on the CPU.
@@ -83,7 +84,7 @@ def test_two_processes_give_the_table_of_one(model: Path, pictures: Path, tmp_pa
     assert [shard.name for shard in shards] == [f"results-0000{i}-of-00002.parquet" for i in range(2)]
     whole = load_dataset("parquet", data_files=[str(shard) for shard in shards], split="train", cache_dir=tmp_path)
     assert whole.remove_columns("seconds").to_list() == found
-    assert {path.suffix for path in two.iterdir()} == {".png", ".json", ".jsonl", ".csv", ".parquet"}
+    assert {path.suffix for path in two.glob("*.*")} - {""} == {".png", ".json", ".jsonl", ".csv", ".parquet"}
     assert len(list(two.glob("*.jsonl"))) == 1
 
 
@@ -106,16 +107,20 @@ def test_a_killed_process_loses_no_rows(tmp_path: Path) -> None:
     def row(name: str) -> dict:
         return dict.fromkeys(COLUMNS) | {"path": name, "score": 0.5, "output": name}
 
-    folder = PredictionFolder(tmp_path, {"model": "a"})
+    def opened(model: str, overwrite: bool = False) -> PredictionFolder:
+        return PredictionFolder(OutputFolder(tmp_path, "predict"), {"model": model}, [".png"], overwrite)
+
+    other = OutputFolder(tmp_path, "predict")
+    folder = opened("a")
     folder.add([row("a")])
-    append_share(tmp_path, 1, [row("c"), row("d")])
-    append_share(tmp_path, 2, [row("e")])
+    append_share(other, 1, [row("c"), row("d")])
+    append_share(other, 2, [row("e")])
     with open(tmp_path / "results.process-00002.jsonl", "a", encoding="utf-8") as file:
         file.write('{"path": "half')
-    again = PredictionFolder(tmp_path, {"model": "a"})
+    again = opened("a")
     assert list(again.rows) == ["a", "c", "d", "e"]
     assert [path.name for path in tmp_path.glob("*.jsonl")] == ["results.jsonl"]
-    append_share(tmp_path, 1, [row("b")])
+    append_share(other, 1, [row("b")])
     again.take_shares()
     again.order(["a", "b", "c", "missing"])
     again.write_tables(parquet_shards=3)
@@ -124,9 +129,9 @@ def test_a_killed_process_loses_no_rows(tmp_path: Path) -> None:
     again.write_tables(parquet_shards=1)
     assert [path.name for path in tmp_path.glob("*.parquet")] == ["results.parquet"]
     with pytest.raises(ValueError, match="another model"):
-        append_share(tmp_path, 1, [row("f")])
-        PredictionFolder(tmp_path, {"model": "b"})
-    assert list(PredictionFolder(tmp_path, {"model": "b"}, overwrite=True).rows) == []
+        append_share(other, 1, [row("f")])
+        opened("b")
+    assert list(opened("b", overwrite=True).rows) == []
     assert not list(tmp_path.glob("results.process*"))
 
 

@@ -76,12 +76,13 @@ datasets.Dataset.from_dict({"a": [1, 2]}).map(lambda row: row)
 
 def test_bars_are_for_a_terminal():
     command = [sys.executable, "-c", SCRIPT]
-    silent = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {name: value for name, value in os.environ.items() if "PROGRESS_BARS" not in name}
+    silent = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert "it/s" not in silent.stderr and "\r" not in silent.stderr and "reading" not in silent.stderr
 
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
-    with subprocess.Popen(command, stderr=theirs) as process:
+    with subprocess.Popen(command, stderr=theirs, env=environment) as process:
         os.close(theirs)
         shown = b""
         try:

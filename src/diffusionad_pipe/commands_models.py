@@ -77,8 +77,14 @@ def convert(
                 origin = f"It was converted from `{Path(source).name}`, a checkpoint of the authors' code."
                 write_plain_card(path, origin, name=place.name)
 
-            folder.remove_tree(place.name)  # what an earlier conversion wrote; there is none without --overwrite
-            folder.write_tree(place.name, write)
+            if os.path.lexists(place):  # file by file in place of an earlier conversion's
+                if not any(name.startswith(f"{place.name}/") for name in folder.record):
+                    raise ValueError(f"{target} was not written by diffusionad convert: choose another name")
+                with folder.temporary() as temporary:
+                    write(temporary)
+                    folder.move_in(temporary, place.name, last="model_index.json")
+            else:
+                folder.write_tree(place.name, write)
     except USER_ERRORS as error:
         fail(error)
     hint = "" if to_file else "; it has no thresholds yet: diffusionad calibrate sets them"

@@ -74,12 +74,10 @@ def find_files(arguments: Iterable[str], listed: BinaryIO | None = None) -> list
             found.setdefault(os.path.abspath(source.place), source)
     kept = {os.path.abspath(file) for file in without_products([source.place for source in found.values()])}
     pictures = [source for place, source in found.items() if place in kept]
-    if len(pictures) == len(problems):
-        raise (
-            problems[0]
-            if problems
-            else ImageFileError(f"all {len(found)} pictures were written by diffusionad itself; give other pictures")
-        )
+    if found and not any(source.file for source in pictures):  # nothing but what cannot be read
+        if problems:
+            raise problems[0]
+        raise ImageFileError(f"all {len(found)} pictures were written by diffusionad itself; give other pictures")
     return pictures
 
 
