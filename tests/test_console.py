@@ -51,6 +51,7 @@ def test_names_are_printed_as_they_are(tmp_path):
     )  # the Exit of a script is no command's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "shown"),
     [
@@ -65,7 +66,13 @@ def test_letters_that_an_encoding_lacks_are_escaped(tmp_path, variables, shown):
 
 @pytest.mark.parametrize(
     ("shell", "unbuffered"),
-    [("<&- >&-", ""), (">/dev/full", ""), (">/dev/full", "1"), ("| true", ""), ("| true", "1"), (">&- 2>&-", "")],
+    [
+        ("| true", ""),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("<&- >&-", ""), (">/dev/full", ""), (">/dev/full", "1"), ("| true", "1"), (">&- 2>&-", ""))
+        ),
+    ],
 )
 def test_an_output_that_cannot_be_used_ends_nothing(tmp_path, shell, unbuffered):
     many = NAMES * 200 if "true" not in shell else NAMES * 20  # more than a pipe holds
@@ -73,6 +80,15 @@ def test_an_output_that_cannot_be_used_ends_nothing(tmp_path, shell, unbuffered)
     assert done.returncode == 1  # and not 120, which is Python's when it cannot write what is left
     if "2>" not in shell:
         assert b"Error: the end" in done.stderr and b"Broken" not in done.stderr
+
+
+@pytest.mark.slow
+def test_help_that_nobody_reads():
+    script = "from diffusionad_pipe.cli import app; app()"
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" --help | true; exit ${PIPESTATUS[0]}', sys.executable, script], capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_unseen_characters():

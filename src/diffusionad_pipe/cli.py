@@ -3,7 +3,10 @@
 What a command does is told in the module that it comes from, and by its `--help`.
 """
 
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from .commands_models import convert, export, info, push, space
 from .commands_pictures import calibrate, evaluate, predict
@@ -17,8 +20,19 @@ UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}
 # The training script has its own settings and its own --help.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
+
+class Commands(TyperGroup):
+    """All commands; what they print, their help too, ends nothing where nobody reads it."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        keep_writable()
+        return super().main(*arguments, **options)
+
+
 # Plain text: rich would break the lines that are there to be copied.
-app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands, rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 @app.callback()
@@ -27,7 +41,6 @@ def main() -> None:
 
     `diffusionad COMMAND --help` explains a command and shows how it is used.
     """
-    keep_writable()
     keep_freed_memory()
     silence_libraries()
 
