@@ -131,7 +131,7 @@ def test_a_damaged_prediction_is_made_anew(model: Path, data: Path, tmp_path: Pa
     [
         (b"", "0_mask.png: the file is empty"),
         (b"<html>", "0_mask.png: this is not a picture but an HTML page"),
-        ((24, 20), "0_mask.png 24 x 20; make the mask again at the picture's size"),
+        ((24, 20), "0_mask.png: 24 x 20 pixels, and its picture"),
     ],
 )
 @pytest.mark.parametrize("method", ["exact", "streaming"])

@@ -15,7 +15,7 @@ from PIL import Image
 from .data import describe, find_categories, is_export, unclear_masks
 from .data_layouts import LAYOUTS, REFERENCE_FOREGROUNDS, Entry, is_picture, split_of, visa_table
 from .image_files import MAX_PIXELS, ImageFileError, PathLike, is_hidden, open_image, open_marks, search_folder, shown
-from .masks import HIGHEST_ID, read_mask, read_matte, stored_values
+from .masks import HIGHEST_ID, check_mask_size, read_mask, read_matte, stored_values
 from .output_folder import OwnProducts
 from .pixels import oriented, read_pil
 from .progress import tracked
@@ -143,15 +143,13 @@ def _mask_problems(
 ) -> Iterator[Problem]:
     file = entry.mask
     assert file is not None
-    name, height, width = shown(file), *marked.shape
-    size = None if picture is None else oriented(picture).size
-    if size is not None and size != (width, height):
-        yield Problem(
-            "error",
-            file,
-            f"{name}: {width} x {height} pixels, and its picture {shown(entry.picture)} has {size[0]} x "
-            f"{size[1]}; make the mask again at the picture's size",
-        )
+    name = shown(file)
+    try:
+        if picture is not None:
+            width, height = oriented(picture).size
+            check_mask_size(marked, name, (height, width), shown(entry.picture))
+    except ImageFileError as error:
+        yield Problem("error", file, str(error))
     doubt = _doubt(mask, marked)
     if doubt is not None:
         yield Problem("warning", file, f"{name}: {doubt}")

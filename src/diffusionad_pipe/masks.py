@@ -63,6 +63,25 @@ def read_matte(
         raise ImageFileError(f"{name}: {error}" if name else str(error)) from error
 
 
+def check_mask_size(mask: NDArray[np.bool_], name: str, size: tuple[int, int], picture: str) -> None:
+    """Refuse a mask of another size than its picture, as both are shown.
+
+    Args:
+        mask: of [`read_mask`].
+        name: what messages call it.
+        size: height and width of the picture in pixels.
+        picture: what messages call the picture.
+
+    Raises:
+        ImageFileError: names both.
+    """
+    if mask.shape != size:
+        raise ImageFileError(
+            f"{name}: {mask.shape[1]} x {mask.shape[0]} pixels, and its picture {picture} has {size[1]} x {size[0]}; "
+            "make the mask again at the picture's size"
+        )
+
+
 def marked(image: Image.Image) -> NDArray[np.float32]:
     """[`read_matte`] of a picture in memory, whose messages call it nothing.
 

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from .data import Doubt, load_anomaly_dataset
-from .image_files import MAX_PIXELS, open_cell
-from .masks import read_mask
+from .image_files import MAX_PIXELS, open_cell, shown
+from .masks import check_mask_size, read_mask
 from .output_folder import sha256_of
 
 
@@ -80,13 +80,9 @@ class TestPictures:
         cell = self.cells[index]["mask"]
         if cell is None:
             return None if self.labels[index] else np.zeros(size, dtype=bool)
-        mask = read_mask(cell, f"the mask of {self.paths[index]}", max_pixels=self.max_pixels)
-        if mask.shape != size:
-            (height, width), (own_height, own_width) = size, mask.shape
-            raise ValueError(
-                f"{self.paths[index]} has {width} x {height} pixels and its mask {cell['path'] or ''} {own_width} x "
-                f"{own_height}; make the mask again at the picture's size"
-            )
+        name = f"the mask of {self.paths[index]}"
+        mask = read_mask(cell, name, max_pixels=self.max_pixels)
+        check_mask_size(mask, name if cell["path"] is None else shown(cell["path"]), size, self.paths[index])
         return None if self.labels[index] and not mask.any() else mask
 
 
