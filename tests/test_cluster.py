@@ -1,6 +1,7 @@
 """What a scheduler or another program left in the environment decides nothing, or is named."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,24 @@ def test_predict_among_them(model, tmp_path, variables, code, said):
     done = run_script([script, *arguments], os.environ | variables)
     assert done.returncode == code and said in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+
+
+JOIN = """
+from datetime import timedelta
+from diffusionad_pipe import acceleration
+
+acceleration.JOINING = timedelta(seconds=1)
+acceleration.join_processes()
+"""
+
+
+def test_processes_that_never_come_are_not_waited_for_for_ever(tmp_path: Path) -> None:
+    """Variables that another job left behind are whole, and nobody is at the address."""
+    script = tmp_path / "join.py"
+    script.write_text(JOIN)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    done = run_script([script], {**os.environ, **there, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"})
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "cannot be joined as the variables" in last and "WORLD_SIZE" in last, done.stderr

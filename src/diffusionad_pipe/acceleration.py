@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,10 @@ RANK_VARIABLES = (
 )  # fmt: skip
 
 
+JOINING = timedelta(minutes=10)  # in which all processes must have started
+WAITING = timedelta(days=365)  # for one that has more to do
+
+
 def join_processes() -> PartialState:
     """The processes that `accelerate launch` or `torchrun` started, this one alone without them.
 
@@ -34,11 +39,15 @@ def join_processes() -> PartialState:
     on GPUs only, and lets a process wait half an hour at most for one that has more to do.
 
     Raises:
-        ValueError: for variables of a cluster that do not say which processes there are; names them.
+        ValueError: for variables of a cluster that do not say which processes there are, or speak of some that do not
+            come; names them.
     """
     with checked_cluster():
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-        return PartialState(cpu=on_cpu, timeout=timedelta(days=365))
+        state = PartialState(cpu=on_cpu, timeout=JOINING)
+    if state.num_processes > 1:
+        _set_pg_timeout(WAITING)
+    return state
 
 
 @contextmanager
