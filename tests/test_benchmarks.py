@@ -3,11 +3,13 @@
 import re
 from pathlib import Path
 
+import pytest
 from script_processes import run_script
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_step_is_counted_without_taking_it():
     command = [ROOT / "benchmarks" / "training_step.py", "--memory"]
     done = run_script([*command, "--resolution", "64", "--batch_size", "2"])

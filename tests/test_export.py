@@ -316,6 +316,7 @@ def test_bad_exports(pipe: DiffusionADPipeline, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_command(pipe: DiffusionADPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n", encoding="utf-8")

@@ -294,6 +294,7 @@ def test_nothing_is_fetched_for_a_caller(client, tmp_path):
     assert client.predict(handle_file(EXAMPLE), api_name="/detect")[0]["score"]  # and the page still works
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_a_sentence(server, folder, tmp_path):
     port = int(server.rpartition(":")[2])
     done = run_script([folder / "space" / "app.py"], environment(tmp_path, port))
@@ -301,6 +302,7 @@ def test_a_port_in_use_is_a_sentence(server, folder, tmp_path):
     assert done.stderr.strip().endswith(f"port {port} is in use: set GRADIO_SERVER_PORT to another one")
 
 
+@pytest.mark.slow
 def test_the_page_is_there_before_the_model_and_a_damaged_one_ends_it(tmp_path):
     """Found while the page is shown, and told as a sentence."""
     model = save_model(tmp_path / "tiny")

@@ -202,6 +202,7 @@ def wrong_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+@pytest.mark.slow
 def test_a_wrong_file_is_a_sentence_and_the_page_goes_on(visitor: Visitor, folder: Path, tmp_path: Path) -> None:
     for cause, path in wrong_files(tmp_path).items():
         visitor.upload(path)

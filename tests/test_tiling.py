@@ -134,6 +134,7 @@ def test_networks_see_a_batch_of_tiles_whatever_the_size(tiny_pipeline: Diffusio
     assert {shape[1:] for shape in seen} == {(3, 32, 32), (6, 32, 32)} and max(shape[0] for shape in seen) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_a_large_picture_is_that_of_its_results(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> None:
     tiny_pipeline.save_pretrained(tmp_path)

@@ -352,6 +352,7 @@ def test_out_of_memory_says_what_to_lower(config: Path, tmp_path: Path) -> None:
     assert "out of memory: lower --train_batch_size" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_dead_worker_ends_with_one_sentence(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "worker"
     flags = ["--max_train_steps", "100000", "--dataloader_num_workers", "1"]
