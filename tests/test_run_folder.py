@@ -99,7 +99,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on(
         kills -= 1
         if output.is_dir():
             check()
-        if not mine and (output / "training_config.yaml").exists():
+        if not mine and (output / "checkpoint-0000001").exists():
             for name in ("notes.txt", "samples/step-0000001-mine.png", "checkpoint-0000001/notes.txt"):
                 (output / name).parent.mkdir(exist_ok=True)
                 (output / name).write_text("mine")
