@@ -143,7 +143,9 @@ def _load(source: str) -> "DiffusionADPipeline":
     import torch
 
     from diffusionad_pipe import DiffusionADPipeline
+    from diffusionad_pipe.progress import silence_libraries
 
+    silence_libraries()
     pipe = DiffusionADPipeline.from_pretrained(source).to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe
