@@ -69,4 +69,4 @@ def test_a_killed_evaluation_goes_on(seed: int, arguments: list[object], tables:
     assert [(output / name).read_text() for name in TABLES] == tables
     assert (tree(inputs), [file.read_text() for file in others]) == before
     assert len(list(output.glob(PREDICTIONS))) == PICTURES
-    assert not any((output / ".diffusionad" / "unfinished").glob("*"))
+    assert not any((output / ".diffusionad" / "unfinished").glob("*/*"))

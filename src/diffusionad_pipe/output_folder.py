@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ PRIVATE = ".diffusionad"  # beside what it is about, so that both move together
 RECORD = "written.jsonl"
 RUN_SECONDS = 3.0  # a killed run's workers may live on for a moment, and hold its lock
 RECORD_SECONDS = 60.0  # for which a line is written to the record
+DAYS_IN_THE_MAKING = 2  # after which a single file's temporary folder is one that a kill left
 SUPERSEDED = 1000  # lines of contents that are no more, from which on the record is written anew
 
 LONGEST_NAME = 200  # bytes of a file's; file systems take 255, and other programs add endings of their own
@@ -96,6 +98,7 @@ class OutputFolder:
         self.option = option
         self._command = f"diffusionad {writer}".rstrip()
         self._private = self.path / PRIVATE
+        self._unfinished = self._private / "unfinished"
         self._record: dict[str, list[Content]] | None = None
         self._run_lock = FileLock(self._private / "run.lock", timeout=RUN_SECONDS)
         self._record_lock = FileLock(self._private / "record.lock", timeout=RECORD_SECONDS)
@@ -111,7 +114,7 @@ class OutputFolder:
                     f"another {self.option}"
                 ) from None
         try:
-            shutil.rmtree(self._private / "unfinished", ignore_errors=True)  # of a run that was killed
+            self._clear_unfinished()
             with self._explained(self.path):
                 self._shorten_record()
         except BaseException:
@@ -340,13 +343,21 @@ class OutputFolder:
     @contextmanager
     def temporary(self) -> Iterator[Path]:
         """A folder on the same file system that is deleted at the end, with what is left in it."""
-        folder = self._private / "unfinished" / uuid.uuid4().hex
+        folder = self._unfinished / ("run" if self._run_lock.is_locked else "files") / uuid.uuid4().hex
         with self._explained(self.path):
             folder.mkdir(parents=True)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _clear_unfinished(self) -> None:
+        """Delete what a run that was killed left; single files may be in the making beside it, but not for days."""
+        shutil.rmtree(self._unfinished / "run", ignore_errors=True)
+        for folder in (self._unfinished / "files").glob("*"):
+            with suppress(OSError):
+                if time.time() - folder.stat().st_mtime > DAYS_IN_THE_MAKING * 86400:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _place(self, name: str) -> Path:
         if not _is_inside(name):
