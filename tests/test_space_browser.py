@@ -15,6 +15,8 @@ from PIL import Image
 from space_server import EXAMPLES, ROOT, START_SECONDS, serve
 from test_report import LOW_CONTRAST
 
+pytestmark = pytest.mark.slow  # a browser takes its time
+
 pytest.importorskip("gradio", reason="gradio is not installed: pip install diffusionad_pipe[demo]")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 expect = playwright.expect
@@ -149,7 +151,6 @@ def test_the_steps_between_are_five_pictures(visitor: Visitor) -> None:
     assert len(set(pictures.evaluate_all("all => all.map(i => i.src)"))) == 5
 
 
-@pytest.mark.slow
 def test_a_batch_of_23_with_a_broken_file(visitor: Visitor, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(TEST_PICTURES[0].read_bytes()[:5000])
@@ -202,7 +203,6 @@ def wrong_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-@pytest.mark.slow
 def test_a_wrong_file_is_a_sentence_and_the_page_goes_on(visitor: Visitor, folder: Path, tmp_path: Path) -> None:
     for cause, path in wrong_files(tmp_path).items():
         visitor.upload(path)
@@ -217,7 +217,6 @@ def test_a_wrong_file_is_a_sentence_and_the_page_goes_on(visitor: Visitor, folde
     visitor.expect_verdict("Looks good")
 
 
-@pytest.mark.slow
 def test_two_visitors_at_once(browser: "playwright.Browser", address: str) -> None:
     visitors = Visitor(browser, address), Visitor(browser, address)
     for visitor, picture in zip(visitors, (DEFECTIVE, GOOD)):
@@ -227,7 +226,6 @@ def test_two_visitors_at_once(browser: "playwright.Browser", address: str) -> No
         visitor.close()
 
 
-@pytest.mark.slow
 def test_a_closed_tab_ends_its_batch(browser: "playwright.Browser", address: str, folder: Path) -> None:
     with zipfile.ZipFile(folder / "parts.zip", "w") as archive:
         for number in range(8):
