@@ -21,11 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusionad_pipe import DiffusionADPipeline
-from diffusionad_pipe.output_folder import write_file
+from diffusionad_pipe.files.output_folder import write_file
 
 GIB = 2**30
 PRESETS = ("tiny", "small", "base", "paper")
-TRAINING = Path(__file__).resolve().parents[1] / "training"
 
 
 class Timing(NamedTuple):
@@ -196,11 +195,10 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float
     """A saved pipeline, or one of `PRESETS`: networks with random weights, which are as fast as trained ones."""
     diffusers_logging.set_verbosity_error()  # its warnings would stand between the tables
     if name in PRESETS:
-        sys.path.append(str(TRAINING))
-        from train import build_networks
-        from training_config import CONFIGS, TrainingConfig
+        from diffusionad_pipe.training.config import PRESETS_FOLDER, TrainingConfig
+        from diffusionad_pipe.training.setup import build_networks
 
-        settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"), "benchmark")
+        settings = yaml.safe_load((PRESETS_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), "benchmark")
         config = TrainingConfig(**settings)
         torch.manual_seed(0)
         unet, segmentation, scheduler = build_networks(config)

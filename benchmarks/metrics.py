@@ -20,9 +20,9 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from tqdm.auto import tqdm
 
-from diffusionad_pipe.evaluation import peak_memory
-from diffusionad_pipe.metrics import au_pro, evaluate_maps
-from diffusionad_pipe.metrics_streaming import StreamingAnomalyMetrics
+from diffusionad_pipe.evaluation.measuring import peak_memory
+from diffusionad_pipe.metrics.exact import au_pro, evaluate_maps
+from diffusionad_pipe.metrics.streaming import StreamingAnomalyMetrics
 
 CPU = torch.device("cpu")
 

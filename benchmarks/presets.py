@@ -34,13 +34,13 @@ from measure import (
 )
 
 from diffusionad_pipe import DiffusionADPipeline
-from diffusionad_pipe.acceleration import fastest_dtype
-from diffusionad_pipe.data import load_anomaly_dataset
-from diffusionad_pipe.export import export_detector
-from diffusionad_pipe.exported import ExportedDetector, to_rgb_uint8
+from diffusionad_pipe.data.loading import load_anomaly_dataset
+from diffusionad_pipe.evaluation.test_set import TestPictures, load_test_pictures
+from diffusionad_pipe.export.detector import ExportedDetector, to_rgb_uint8
+from diffusionad_pipe.export.export import export_detector
 from diffusionad_pipe.freed_memory import keep_freed_memory
-from diffusionad_pipe.metrics import evaluate_maps
-from diffusionad_pipe.test_pictures import TestPictures, load_test_pictures
+from diffusionad_pipe.metrics.exact import evaluate_maps
+from diffusionad_pipe.runtime.acceleration import fastest_dtype
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "au_pro_0.30")
 FORMS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

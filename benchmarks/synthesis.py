@@ -22,8 +22,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
 from tqdm.auto import tqdm
 
-from diffusionad_pipe.draws import sample_generator
-from diffusionad_pipe.synthesis import (
+from diffusionad_pipe.synthesis.anomalies import (
     MASK_TRIES,
     MAX_PERLIN_EXPONENT,
     PERLIN_THRESHOLD,
@@ -32,7 +31,8 @@ from diffusionad_pipe.synthesis import (
     perlin_masks,
     synthesize_anomalies,
 )
-from diffusionad_pipe.training_data import foreground_mattes, read_good_pictures, read_textures
+from diffusionad_pipe.synthesis.sampling import sample_generator
+from diffusionad_pipe.training.images import foreground_mattes, read_good_pictures, read_textures
 
 Generator = np.random.Generator
 

@@ -45,9 +45,9 @@ from diffusionad_pipe import (
     SegmentationUNet2DModel,
     paper_unet_config,
 )
-from diffusionad_pipe.acceleration import train_channels_last
 from diffusionad_pipe.freed_memory import keep_freed_memory
-from diffusionad_pipe.objective import sample_timesteps, training_losses
+from diffusionad_pipe.runtime.acceleration import train_channels_last
+from diffusionad_pipe.training.losses import sample_timesteps, training_losses
 
 Batch = dict[str, torch.Tensor]
 GIB = 2**30

@@ -46,8 +46,8 @@ from model_menu import load_model, read_defaults, read_menu, read_model_card
 from PIL import Image
 from server_disk import written_for_visitor
 
-from diffusionad_pipe.colours import COLOUR_SCALE
 from diffusionad_pipe.freed_memory import keep_freed_memory
+from diffusionad_pipe.images.colors import COLOUR_SCALE
 
 HERE = Path(__file__).parent
 EXAMPLES = sorted(map(str, HERE.glob("examples/*.jpg")))

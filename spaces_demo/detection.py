@@ -16,14 +16,14 @@ from PIL import Image, ImageDraw
 from server_disk import written_for_visitor
 
 from diffusionad_pipe import open_image
-from diffusionad_pipe.image_files import OR_RAISE_MAX_PIXELS
-from diffusionad_pipe.output_folder import safe_name
+from diffusionad_pipe.files.output_folder import safe_name
+from diffusionad_pipe.images.files import OR_RAISE_MAX_PIXELS
 
 if TYPE_CHECKING:
     import torch
 
     from diffusionad_pipe import DiffusionADPipeline
-    from diffusionad_pipe.defect_regions import DefectRegion
+    from diffusionad_pipe.images.regions import DefectRegion
 
 MAX_PICTURE_BYTES = 20 * 2**20
 MAX_PIXELS = 24_000_000  # a phone's picture fits
@@ -201,7 +201,7 @@ def judge(
     """
     import torch.nn.functional as F
 
-    from diffusionad_pipe.defect_regions import find_defect_regions
+    from diffusionad_pipe.images.regions import find_defect_regions
 
     verdict, shown = decide(detection.score, image_threshold), detection.shown
     if not pixel_threshold:

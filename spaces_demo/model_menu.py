@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from diffusionad_pipe.config_values import is_finite
+from diffusionad_pipe.runtime.config_values import is_finite
 
 if TYPE_CHECKING:
     from diffusionad_pipe import DiffusionADPipeline
@@ -143,7 +143,7 @@ def _load(source: str) -> "DiffusionADPipeline":
     import torch
 
     from diffusionad_pipe import DiffusionADPipeline
-    from diffusionad_pipe.progress import silence_libraries
+    from diffusionad_pipe.runtime.progress import silence_libraries
 
     silence_libraries()
     pipe = DiffusionADPipeline.from_pretrained(source).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusionad_pipe.figures import import_matplotlib
+from diffusionad_pipe.runtime.figures import import_matplotlib
 
 LONGEST = 10**9  # seconds, some thirty years
 

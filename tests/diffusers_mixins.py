@@ -13,6 +13,13 @@ import unittest
 import numpy as np
 import torch
 from PIL import Image
+
+from diffusionad_pipe import (
+    DiffusionADPipeline,
+    DiffusionADUNet2DModel,
+    NormGuidedOneStepScheduler,
+    SegmentationUNet2DModel,
+)
 from tests.models.testing_utils import (
     AttentionTesterMixin,
     BaseModelTesterConfig,
@@ -23,13 +30,6 @@ from tests.pipelines.testing_utils import BasePipelineTesterConfig
 from tests.pipelines.testing_utils import PipelineTesterMixin as DiffusersPipelineTesterMixin
 from tests.schedulers.test_schedulers import SchedulerCommonTest
 from tests.testing_utils import torch_device
-
-from diffusionad_pipe import (
-    DiffusionADPipeline,
-    DiffusionADUNet2DModel,
-    NormGuidedOneStepScheduler,
-    SegmentationUNet2DModel,
-)
 
 UNET = {
     "sample_size": 32,

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from script_processes import run_script
+
+from tests.helpers.script_processes import run_script
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 from diffusers import DDIMScheduler
-from saved_files import HUGE, NAN, WEIGHTS, edit_json, refused
 
 from diffusionad_pipe import DiffusionADPipeline
+from tests.helpers.saved_files import HUGE, NAN, WEIGHTS, edit_json, refused
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_other_modules_are_not_imported(saved, tmp_path, monkeypatch, part, libr
         ["diffusionad_pipe.unet_2d_diffusionad", "DiffusionADUNet2DOutput"],
         ["diffusionad_pipe.unet_2d_diffusionad", "ModelMixin"],
         ["diffusionad_pipe.unet_of_the_future", "UNet"],
-        ["diffusionad_pipe.weights_files", "os"],
+        ["diffusionad_pipe.loading", "os"],
         ["diffusionad_pipe.", "UNet"],
         ["transformers", "Missing"],
         ["transformers", "AutoModel"],

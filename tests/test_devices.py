@@ -4,13 +4,13 @@ with what was left behind."""
 import pytest
 import torch
 from PIL import Image
-from trained_networks import AveragedWeights, TrainedNetworks
 from typer.testing import CliRunner
 
 from diffusionad_pipe import DiffusionADPipeline, NormGuidedOneStepScheduler
-from diffusionad_pipe.acceleration import find_device
 from diffusionad_pipe.cli import app
-from diffusionad_pipe.objective import distillation_losses, training_losses
+from diffusionad_pipe.runtime.acceleration import find_device
+from diffusionad_pipe.training.losses import distillation_losses, training_losses
+from diffusionad_pipe.training.networks import AveragedWeights, TrainedNetworks
 
 SHAPE = (2, 3, 32, 32)
 

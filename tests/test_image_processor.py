@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pictures import HEIGHT, PIXELS, UNIT, WIDTH, read
+
+from tests.helpers.tiny_images import HEIGHT, PIXELS, UNIT, WIDTH, read
 
 # Preprocessing: kinds and layouts
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from diffusionad_pipe import DiffusionADPipeline, SegmentationUNet2DModel, open_image
-from diffusionad_pipe.acceleration import explained_out_of_memory, fastest_dtype
-from diffusionad_pipe.prefetch import prefetched
+from diffusionad_pipe.runtime.acceleration import explained_out_of_memory, fastest_dtype
+from diffusionad_pipe.runtime.prefetch import prefetched
 
 ROOT = Path(__file__).parents[1]
 HAZELNUT = ROOT / "training" / "data" / "hazelnut_toy" / "hazelnut"

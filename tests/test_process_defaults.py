@@ -8,17 +8,17 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_pipeline
 from PIL import Image
 
 from diffusionad_pipe import DiffusionADPipeline
-from diffusionad_pipe.augmenters import AUGMENTERS
-from diffusionad_pipe.calibration import split_held_out
-from diffusionad_pipe.draws import sample_generator
-from diffusionad_pipe.foreground import random_foregrounds, threshold_foreground
-from diffusionad_pipe.metrics import evaluate_maps
-from diffusionad_pipe.objective import training_losses
-from diffusionad_pipe.synthetic_dataset import SyntheticAnomalyDataset
+from diffusionad_pipe.evaluation.calibration import split_held_out
+from diffusionad_pipe.metrics.exact import evaluate_maps
+from diffusionad_pipe.synthesis.augmenters import AUGMENTERS
+from diffusionad_pipe.synthesis.foregrounds import random_foregrounds, threshold_foreground
+from diffusionad_pipe.synthesis.sampling import sample_generator
+from diffusionad_pipe.training.dataset import SyntheticAnomalyDataset
+from diffusionad_pipe.training.losses import training_losses
+from tests.helpers.tiny_pipeline import build_tiny_pipeline
 
 RANDOM = np.random.default_rng(0)
 PICTURES = [Image.fromarray(RANDOM.integers(0, 256, (h, w, 4), dtype=np.uint8)) for h, w in ((40, 48), (90, 64))]

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import HubServer
 from PIL import Image
-from test_training import ENVIRONMENT, HAZELNUT, ROOT, TINY
-from training_config import parse_arguments
 from typer.testing import CliRunner
 
 from diffusionad_pipe import DiffusionADPipeline, open_image
 from diffusionad_pipe.cli import app
+from diffusionad_pipe.training.config import parse_arguments
+from tests.helpers.hub_server import HubServer
+from tests.helpers.training_runs import ENVIRONMENT, HAZELNUT, ROOT, TINY
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall("```python\n(.*?)```", README, re.DOTALL)

@@ -16,8 +16,8 @@ from diffusionad_pipe import (
     SegmentationUNet2DModel,
     paper_unet_config,
 )
-from diffusionad_pipe.objective import training_losses
-from diffusionad_pipe.reference_checkpoint import read_checkpoint
+from diffusionad_pipe.single_file import read_checkpoint
+from diffusionad_pipe.training.losses import training_losses
 from diffusionad_pipe.unet_2d_diffusionad import CHANNEL_MULTIPLIERS
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from saved_files import WEIGHTS, public, refused
 
 from diffusionad_pipe import (
     DiffusionADPipeline,
@@ -13,7 +12,8 @@ from diffusionad_pipe import (
     NormGuidedOneStepScheduler,
     SegmentationUNet2DModel,
 )
-from diffusionad_pipe.acceleration import fastest_dtype
+from diffusionad_pipe.runtime.acceleration import fastest_dtype
+from tests.helpers.saved_files import WEIGHTS, public, refused
 
 
 def test_round_trip(tiny_pipeline, saved, assert_same):

@@ -20,7 +20,6 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,18 +33,23 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 
 from diffusionad_pipe import DiffusionADPipeline, DiffusionADUNet2DModel, SegmentationUNet2DModel
-from diffusionad_pipe.acceleration import checked_cluster, compile_networks, is_out_of_memory, train_channels_last
-from diffusionad_pipe.calibration import Validation, smallest_rate, validate
+from diffusionad_pipe.evaluation.calibration import Validation, smallest_rate, validate
+from diffusionad_pipe.files.output_folder import OutputError, OutputFolder
 from diffusionad_pipe.freed_memory import keep_freed_memory
-from diffusionad_pipe.model_card import write_model_card
-from diffusionad_pipe.objective import distillation_losses, training_losses
-from diffusionad_pipe.output_folder import OutputError, OutputFolder
-from diffusionad_pipe.progress import ProgressBar, silence_libraries
-from diffusionad_pipe.publishing import push_model
-from diffusionad_pipe.training_plots import plot_losses, validation_grid
-
-sys.path.insert(0, str(Path(__file__).parent))  # which Python leaves out where PYTHONSAFEPATH is set
-from run_folder import (
+from diffusionad_pipe.hub.model_card import write_model_card
+from diffusionad_pipe.hub.push import push_model
+from diffusionad_pipe.runtime.acceleration import (
+    checked_cluster,
+    compile_networks,
+    is_out_of_memory,
+    train_channels_last,
+)
+from diffusionad_pipe.runtime.progress import ProgressBar, silence_libraries
+from diffusionad_pipe.training.config import TrainingConfig, parse_arguments, to_plain
+from diffusionad_pipe.training.losses import distillation_losses, training_losses
+from diffusionad_pipe.training.networks import AveragedWeights, TrainedNetworks
+from diffusionad_pipe.training.plots import plot_losses, validation_grid
+from diffusionad_pipe.training.run_folder import (
     INDEX,
     LOG,
     LOSSES,
@@ -60,9 +64,13 @@ from run_folder import (
     store_run,
     tracker_files,
 )
-from trained_networks import AveragedWeights, TrainedNetworks
-from training_config import TrainingConfig, parse_arguments, to_plain
-from training_setup import build_datasets, build_networks, fastest_precision, load_teacher, start_from_pretrained
+from diffusionad_pipe.training.setup import (
+    build_datasets,
+    build_networks,
+    fastest_precision,
+    load_teacher,
+    start_from_pretrained,
+)
 
 logger = logging.getLogger("train")
 

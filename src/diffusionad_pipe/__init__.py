@@ -7,13 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .image_files import ImageFileError, find_images, open_image
     from .image_processor import DiffusionADImageProcessor
+    from .images.files import ImageFileError, find_images, open_image
+    from .loading import WeightsFileError
     from .pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput
     from .scheduling_norm_guided_one_step import NormGuidedOneStepScheduler, NormGuidedOneStepSchedulerOutput
     from .unet_2d_diffusionad import DiffusionADUNet2DModel, DiffusionADUNet2DOutput, paper_unet_config
     from .unet_2d_segmentation import SegmentationUNet2DModel, SegmentationUNet2DOutput
-    from .weights_files import WeightsFileError
 
 __version__ = "0.1.0"
 
@@ -35,13 +35,13 @@ __all__ = [
 ]
 
 _MODULES = {
-    "image_files": ("ImageFileError", "find_images", "open_image"),
+    "images.files": ("ImageFileError", "find_images", "open_image"),
     "image_processor": ("DiffusionADImageProcessor",),
     "pipeline_diffusionad": ("DiffusionADPipeline", "DiffusionADPipelineOutput"),
     "scheduling_norm_guided_one_step": ("NormGuidedOneStepScheduler", "NormGuidedOneStepSchedulerOutput"),
     "unet_2d_diffusionad": ("DiffusionADUNet2DModel", "DiffusionADUNet2DOutput", "paper_unet_config"),
     "unet_2d_segmentation": ("SegmentationUNet2DModel", "SegmentationUNet2DOutput"),
-    "weights_files": ("WeightsFileError",),
+    "loading": ("WeightsFileError",),
 }
 
 

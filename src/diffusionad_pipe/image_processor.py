@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from .acceleration import explained_out_of_memory
-from .colours import COLOUR_SCALE
-from .pixels import (
+from .images.colors import COLOUR_SCALE
+from .images.pixels import (
     FULL_SCALE,
     MAX_ASPECT_RATIO,
     MIN_SIDE,
@@ -26,6 +25,7 @@ from .pixels import (
     check_unit_range,
     read_pil,
 )
+from .runtime.acceleration import explained_out_of_memory
 
 Picture: TypeAlias = Image.Image | NDArray[Any] | torch.Tensor
 Pictures: TypeAlias = Picture | Sequence[Picture]

@@ -18,17 +18,16 @@ from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from .acceleration import compile_networks, explained_out_of_memory, fastest_dtype
-from .config_values import is_finite, is_whole
-from .hub_download import download_pipeline
 from .image_processor import DiffusionADImageProcessor
-from .prefetch import prefetched
-from .reference_checkpoint import build_networks, build_scheduler, read_checkpoint, write_checkpoint
+from .loading import COMPONENTS, WeightsFileError, check_pipeline_folder, download_pipeline
+from .runtime.acceleration import compile_networks, explained_out_of_memory, fastest_dtype
+from .runtime.config_values import is_finite, is_whole
+from .runtime.prefetch import prefetched
 from .scheduling_norm_guided_one_step import NormGuidedOneStepScheduler
+from .single_file import build_networks, build_scheduler, read_checkpoint, write_checkpoint
 from .tiling import Tiling, call_in_tiles
 from .unet_2d_diffusionad import DiffusionADUNet2DModel
 from .unet_2d_segmentation import SegmentationUNet2DModel
-from .weights_files import COMPONENTS, WeightsFileError, check_pipeline_folder
 
 logger = logging.get_logger(__name__)
 
@@ -618,7 +617,7 @@ class DiffusionADPipeline(DiffusionPipeline):
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Download a pipeline from the Hub and return its folder; arguments and errors are those of
-        [`hub_download.download_pipeline`].
+        [`loading.download_pipeline`].
         """
         return download_pipeline(pretrained_model_name, **kwargs)
 

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import betas_for_alpha_bar
 from diffusers.utils import BaseOutput
 
-from .config_values import is_finite, is_whole
+from .runtime.config_values import is_finite, is_whole
 
 
 @dataclass

@@ -22,7 +22,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 
-from .acceleration import explained_out_of_memory
+from .runtime.acceleration import explained_out_of_memory
 
 if TYPE_CHECKING:
     from .pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput

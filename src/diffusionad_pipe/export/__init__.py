@@ -1,0 +1,1 @@
+"""Detectors as one file for ONNX Runtime, OpenVINO or torch.export, and what runs them."""

@@ -1,0 +1,1 @@
+"""Publishing: model cards, summaries, uploads and the folder of a Space."""

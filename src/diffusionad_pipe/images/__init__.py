@@ -1,0 +1,1 @@
+"""Images from files: finding, opening, checking and drawing them. Without torch but for panels and regions."""

@@ -1,0 +1,1 @@
+"""Running a model over many images, and the folder of what was found."""

@@ -1,0 +1,204 @@
+"""Endless training draws from a few normal pictures, each a function of (seed, epoch, index) alone."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset
+
+from ..synthesis.anomalies import synthesize_anomalies
+from ..synthesis.augmenters import rotate
+from ..synthesis.foregrounds import random_foregrounds
+from ..synthesis.sampling import sample_generator, uniform
+from .losses import sample_timesteps
+
+
+class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
+    """Draw n takes one picture of epoch n // N in that epoch's random order, flips and turns it as declared, maybe puts
+    a synthetic anomaly on it, and brings the noise and the timesteps of its training step along. So a draw does not
+    depend on the number of workers, the batch size or where a run was resumed. Draws are made where the pictures are:
+    on the CPU or on a GPU.
+
+    Args:
+        pictures: N normal pictures `[N, 3, H, W]`, uint8.
+        textures: anomaly sources `[T, 3, H, W]`, uint8, of the size of the draws, or None.
+        length: number of draws.
+        seed: of everything.
+        foregrounds: mattes `[N, 1, H, W]`, uint8, where anomalies may be; `"random"`: a region of each draw's own
+            (texture categories); None: everywhere.
+        anomaly_probability: share of draws with an anomaly.
+        texture_probability: share of anomalies that are textures.
+        procedural_probability: share of textures that are procedural.
+        grayscale_anomalies: put grey anomalies on grey pictures.
+        thin_line_probability: share of the anomalies that are thin lines.
+        soft_edge_probability: share of the anomalies with blurred edges.
+        horizontal_flip: flip every other draw left to right.
+        vertical_flip: flip every other draw upside down.
+        crop_size: side of a random square that is cut from each draw; None keeps the whole picture.
+        rotation: turn each draw by up to so many degrees to either side; what comes in at the border is mirrored.
+        timestep_boundary: first timestep of the large noise scale.
+        timestep_maximum: end of the large noise scale.
+    """
+
+    def __init__(
+        self,
+        pictures: torch.Tensor,
+        textures: torch.Tensor | None,
+        *,
+        length: int,
+        seed: int,
+        foregrounds: torch.Tensor | Literal["random"] | None = None,
+        anomaly_probability: float = 0.5,
+        texture_probability: float = 0.5,
+        procedural_probability: float = 0.0,
+        grayscale_anomalies: bool = False,
+        thin_line_probability: float = 0.0,
+        soft_edge_probability: float = 0.0,
+        horizontal_flip: bool = False,
+        vertical_flip: bool = False,
+        rotation: float = 0.0,
+        crop_size: int | None = None,
+        timestep_boundary: int = 300,
+        timestep_maximum: int = 1000,
+    ):
+        self.pictures = pictures
+        self.textures = textures
+        self.length = length
+        self.seed = seed
+        self.foregrounds = foregrounds
+        self.anomaly_probability = anomaly_probability
+        self.texture_probability = texture_probability
+        self.procedural_probability = procedural_probability
+        self.grayscale_anomalies = grayscale_anomalies
+        self.thin_line_probability = thin_line_probability
+        self.soft_edge_probability = soft_edge_probability
+        self.flips = ((horizontal_flip, -1), (vertical_flip, -2))
+        self.rotation = rotation
+        self.crop_size = crop_size
+        self.timestep_boundary = timestep_boundary
+        self.timestep_maximum = timestep_maximum
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return (self[draw] for draw in range(self.length))
+
+    def __getitem__(self, draw: int) -> dict[str, torch.Tensor]:
+        """One draw: images and originals (without the anomaly) `[3, H, W]`, masks `[1, H, W]`, labels `[]`,
+        timesteps `[2]` and noise `[2, 3, H, W]`."""
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Several draws at once, which is how a `DataLoader` asks for a batch."""
+        images, foregrounds, generators = self.draw_pictures(draws)
+        samples = synthesize_anomalies(
+            images,
+            foregrounds,
+            self.textures,
+            generators,
+            anomaly_probability=self.anomaly_probability,
+            texture_probability=self.texture_probability,
+            procedural_probability=self.procedural_probability,
+            grayscale_anomalies=self.grayscale_anomalies,
+            thin_line_probability=self.thin_line_probability,
+            soft_edge_probability=self.soft_edge_probability,
+        )
+        return [
+            {
+                "images": image,
+                "originals": original,
+                "masks": mask,
+                "labels": label,
+                "timesteps": sample_timesteps(
+                    1, generator, boundary=self.timestep_boundary, maximum=self.timestep_maximum
+                )[:, 0],
+                "noise": torch.randn(2, *image.shape, generator=generator, dtype=torch.float32, device="cpu"),
+            }
+            for original, image, mask, label, generator in zip(images, *samples, generators)
+        ]
+
+    def draw_pictures(self, draws: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Generator]]:
+        """The pictures of some draws before anything is put on them.
+
+        Args:
+            draws: B numbers of draws.
+
+        Returns:
+            The pictures `[B, 3, H, W]` and their mattes `[B, 1, H, W]`, both in [0, 1] and augmented as declared, and
+            the generators that all further random numbers of these draws come from.
+        """
+        indices, generators = [], []
+        for draw in draws:
+            epoch, position = divmod(draw, len(self.pictures))
+            order = torch.randperm(len(self.pictures), generator=sample_generator(self.seed, epoch), device="cpu")
+            indices.append(int(order[position]))
+            generators.append(sample_generator(self.seed, epoch, indices[-1]))
+
+        images = self.pictures[indices].float() / 255
+        if isinstance(self.foregrounds, torch.Tensor):
+            foregrounds = self.foregrounds[indices].float() / 255
+        elif self.foregrounds == "random":
+            foregrounds = random_foregrounds(images.shape[-2], images.shape[-1], generators).to(images.device)
+        else:
+            foregrounds = torch.ones_like(images[:, :1])
+        return *self._augment(images, foregrounds, generators), generators
+
+    def _augment(
+        self, images: torch.Tensor, foregrounds: torch.Tensor, generators: Sequence[torch.Generator]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The declared augmentation of normal pictures, with their mattes."""
+        both = torch.cat([images, foregrounds], dim=1)  # [B, 4, H, W]
+        for flip, axis in self.flips:
+            if flip:
+                chosen = uniform(0, 1, generators) < 0.5
+                both[chosen] = both[chosen].flip(axis)
+        if self.rotation:
+            # Bicubic: a blurred picture would teach that normal surface is smooth.
+            degrees = uniform(-self.rotation, self.rotation, generators)
+            both = rotate(both, degrees, mode="bicubic", padding="reflection").clamp(0, 1)
+        if self.crop_size is not None and self.crop_size < min(both.shape[-2:]):
+            rooms = torch.tensor(both.shape[-2:], dtype=torch.int64, device="cpu") - self.crop_size + 1
+            corners = (uniform(0, 1, generators, 2) * rooms).long().tolist()
+            crops = zip(both, corners)
+            both = torch.stack([p[:, y : y + self.crop_size, x : x + self.crop_size] for p, (y, x) in crops])
+        return both[:, :3], both[:, 3:]
+
+
+def validation_samples(
+    pictures: torch.Tensor, textures: torch.Tensor | None, *, repeats: int, seed: int, **options: Any
+) -> list[dict[str, torch.Tensor]]:
+    """Held-out pictures as they are: each once as a good one, and several times with a synthetic anomaly.
+
+    Args:
+        pictures: N normal pictures `[N, 3, H, W]`, uint8.
+        textures: anomaly sources `[T, 3, H, W]`, uint8, or None.
+        repeats: anomalous samples made of each; those whose mask came out empty are left out.
+        seed: of the anomalies.
+        options: of [`SyntheticAnomalyDataset`].
+
+    Raises:
+        ValueError: when no mask has anything in it.
+    """
+    normal, anomalous = (
+        [
+            {name: value.cpu() for name, value in sample.items()}  # a GPU's memory is for training
+            for sample in SyntheticAnomalyDataset(
+                pictures,
+                textures,
+                length=count * len(pictures),
+                seed=seed,
+                anomaly_probability=label,
+                **options,
+            )
+            if sample["labels"] == label
+        ]
+        for label, count in ((0.0, 1), (1.0, repeats))
+    )
+    if not anomalous:
+        raise ValueError(
+            f"none of {repeats * len(pictures)} synthetic anomalies on {len(pictures)} held-out pictures has a mask "
+            "that is not empty: look at the foregrounds with `diffusionad preview-synthesis`, choose another "
+            "--foreground or raise --validation_repeats"
+        )
+    return normal + anomalous

@@ -1,0 +1,113 @@
+"""What a message tells to try exists: every option that a text names is one of the commands that can say it."""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import typer
+from accelerate.commands.launch import launch_command_parser
+from PIL import Image
+
+from diffusionad_pipe.cli import PASSED_ON, UNDERSCORES, app
+from diffusionad_pipe.training.config import TrainingConfig
+from diffusionad_pipe.training.images import read_textures
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "diffusionad_pipe"
+FILES = sorted([*PACKAGE.glob("*.py"), *(ROOT / "training").glob("*.py")])
+READERS = "predict check-data preview-synthesis train evaluate calibrate export space"
+LAUNCH = "accelerate launch"
+
+# Who says what: the commands in which a file's texts appear, of one option or of all; of a file of commands, by
+# function. All else in it belongs to the command of its name.
+SAID_BY = {
+    "calibration": "calibrate",
+    "evaluation": "evaluate",
+    "foreground": "train preview-synthesis",
+    "image_files": READERS,
+    "model_card": "evaluate",
+    "model_card --output_dir": "train",
+    "output_folder": "predict evaluate preview-synthesis export space",  # the others give it a name of their own
+    "picture_sources": "predict",
+    "prediction_folder": "predict",
+    "preview": "preview-synthesis",
+    "results_table": "evaluate",
+    "space_folder": "space",
+    "synthetic_dataset": "train",
+    "training_data": "train preview-synthesis",
+    "commands_pictures _find_sources": "predict",
+    "commands_pictures _judge_share": "predict",
+    "commands_pictures _load": "predict calibrate",
+    "commands_training TRAIN_DESCRIPTION": "train",
+}
+SAID_BY |= {f"training {file.stem}": "train" for file in (ROOT / "training").glob("*.py")}
+SAID_BY |= {"training evaluate": "evaluate"}
+# What `accelerate launch` is told, and not the command.
+LAUNCHER = {"--use_fsdp", "--fsdp_version", "--fsdp_auto_wrap_policy", "--multi_gpu", "--quiet"}
+
+
+@cache
+def options_of(command: str) -> set[str]:
+    if command == LAUNCH:
+        return {option for action in launch_command_parser()._actions for option in action.option_strings}
+    if command == "train":
+        names = [*TrainingConfig.__dataclass_fields__, "config", "preset", "max-pixels"]
+        return {f"--{name}" for name in names}
+    parameters = typer.main.get_command(app).commands[command].params
+    options = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
+    if command in ("preview-synthesis", "evaluate"):  # which take underscores too
+        options |= {f"--{option[2:].replace('-', '_')}" for option in options}
+    return options
+
+
+def named_options(file: Path) -> Iterator[tuple[str, str]]:
+    """(name of the function or constant, option) of each text in a file that is no docstring."""
+    for part in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(part, ast.Expr):  # the module's docstring
+            continue
+        docstrings = {
+            id(node.body[0].value)
+            for node in ast.walk(part)
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and isinstance(node.body[0], ast.Expr)
+        }
+        name = getattr(part, "name", "") or getattr(getattr(part, "targets", [None])[0], "id", "")
+        for node in ast.walk(part):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                yield from ((name, option) for option in re.findall(r"(?<![\w-])--[a-z][\w-]*\w", node.value))
+
+
+def commands_that_say(file: Path, function: str, option: str) -> list[str]:
+    if option in LAUNCHER:
+        return [LAUNCH]
+    place = file.stem if file.parent == PACKAGE else f"training {file.stem}"
+    keys = f"{place} {option}", f"{place} {function}", place
+    said_by = next((SAID_BY[key] for key in keys if key in SAID_BY), None)
+    if said_by is None and file.stem.startswith("commands_"):
+        said_by = function.replace("_", "-")
+    assert said_by is not None, f"{file.name} names {option}: in which commands? Add it to SAID_BY"
+    return said_by.split()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_option_that_is_named_exists(file: Path) -> None:
+    for function, option in named_options(file):
+        for command in commands_that_say(file, function, option):
+            assert option in options_of(command), f"{file.name}, {function}: {command} has no {option}"
+
+
+def test_textures_that_are_put_up_with(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="1 of 2 textures .* allow more with --max_unreadable"):
+        read_textures(str(tmp_path), 16)
+    textures = read_textures(str(tmp_path), 16, max_unreadable=0.5)
+    assert textures is not None and len(textures) == 1
+
+
+def test_names_are_found() -> None:
+    assert ("OR_RAISE_MAX_PIXELS", "--max-pixels") in named_options(PACKAGE / "image_files.py")
+    assert ("explain", "--train_batch_size") in named_options(ROOT / "training" / "train.py")
+    assert PASSED_ON["allow_extra_args"] and UNDERSCORES  # the two spellings that options_of counts with
