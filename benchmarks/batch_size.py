@@ -19,11 +19,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     pipe = DiffusionADPipeline.from_pretrained(arguments.model).to(PartialState().device)
-    pictures = [open_image(file) for file in find_images(arguments.pictures)]
-    alone = pipe(pictures, batch_size=1, output_type="np")
+    images = [open_image(file) for file in find_images(arguments.images)]
+    alone = pipe(images, batch_size=1, output_type="np")
     print("| batch size | largest difference of a score | of a map |\n|---|---|---|")
     for batch_size in arguments.batch_sizes:
-        batched = pipe(pictures, batch_size=batch_size, output_type="np")
+        batched = pipe(images, batch_size=batch_size, output_type="np")
         score = np.abs(batched.anomaly_scores - alone.anomaly_scores).max()
         pixel = max(np.abs(a - b).max() for a, b in zip(batched.anomaly_maps, alone.anomaly_maps))
         print(f"| {batch_size} | {score:.1e} | {pixel:.1e} |")

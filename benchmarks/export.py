@@ -19,7 +19,7 @@ from measure import compile_all, in_turns, load_model, machine, print_table, wri
 from tqdm.auto import tqdm
 
 from diffusionad_pipe.data.loading import load_anomaly_dataset
-from diffusionad_pipe.evaluation.test_set import load_test_pictures
+from diffusionad_pipe.evaluation.test_set import load_test_images
 from diffusionad_pipe.export.detector import ExportedDetector, to_rgb_uint8
 from diffusionad_pipe.export.export import export_detector
 from diffusionad_pipe.freed_memory import keep_freed_memory
@@ -43,13 +43,13 @@ def main() -> None:
 
     device = torch.device("cpu")
     pipe = load_model(arguments.model, device)
-    test = load_test_pictures(arguments.data, None)[0]
-    chosen = range(0, len(test), -(-len(test) // (arguments.pictures or len(test))))
-    pictures = [to_rgb_uint8(test.picture(index)) for index in chosen]
-    masks = [test.mask(index, picture.shape[:2]) for index, picture in zip(chosen, pictures)]
+    test = load_test_images(arguments.data, None)[0]
+    chosen = range(0, len(test), -(-len(test) // (arguments.images or len(test))))
+    images = [to_rgb_uint8(test.image(index)) for index in chosen]
+    masks = [test.mask(index, image.shape[:2]) for index, image in zip(chosen, images)]
     labels = np.array([test.labels[index] for index in chosen])
     good = load_anomaly_dataset(arguments.data)["train"]["image"][: arguments.calibration]
-    calibration = [to_rgb_uint8(picture) for picture in good]
+    calibration = [to_rgb_uint8(image) for image in good]
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -76,17 +76,17 @@ def main() -> None:
                     detectors[f"{runtime}, {form}"] = ExportedDetector(path, threads=threads, options=options)
 
         def call(detector: Callable[..., Any]) -> Callable[[], object]:
-            return lambda: detector(pictures[0], output_type="np", batch_size=1)
+            return lambda: detector(images[0], output_type="np", batch_size=1)
 
         timings = in_turns({name: call(d) for name, d in detectors.items()}, arguments.rounds, device)
         found = {}
         for name, detector in detectors.items():
-            bar = tqdm(pictures, desc=name)
-            outputs = [detector(picture, output_type="np", batch_size=1) for picture in bar]
+            bar = tqdm(images, desc=name)
+            outputs = [detector(image, output_type="np", batch_size=1) for image in bar]
             found[name] = [o.anomaly_maps[0, ..., 0] for o in outputs], np.array([o.anomaly_scores[0] for o in outputs])
 
-    results: dict[str, Any] = {"machine": machine(device), "model": arguments.model, "pictures": len(pictures)}
-    print(f"{arguments.model}, {len(pictures)} test pictures, {results['machine']}, medians of {arguments.rounds}\n")
+    results: dict[str, Any] = {"machine": machine(device), "model": arguments.model, "pictures": len(images)}
+    print(f"{arguments.model}, {len(images)} test pictures, {results['machine']}, medians of {arguments.rounds}\n")
     maps, scores = found["pipeline, float32"]
     judged = [index for index, mask in enumerate(masks) if mask is not None]
     rows = []

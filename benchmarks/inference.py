@@ -52,29 +52,29 @@ from diffusionad_pipe.freed_memory import keep_freed_memory
 AUTHORS, INFERENCE_MODE = "authors' way", "the same in inference mode"
 
 
-def authors_way(pipe: DiffusionADPipeline, pictures: torch.Tensor) -> torch.Tensor:
+def authors_way(pipe: DiffusionADPipeline, images: torch.Tensor) -> torch.Tensor:
     """Maps `[B, 1, H, W]` as the authors' evaluation computes them; autograd records if it is on."""
     scheduler = pipe.scheduler
     noised, outputs, both = [], [], []
     for timestep in (scheduler.config.small_timestep, scheduler.config.large_timestep):
-        timesteps = torch.full((len(pictures),), timestep, device=pictures.device)
-        noised.append(scheduler.add_noise(pictures, torch.randn_like(pictures), timesteps))
+        timesteps = torch.full((len(images),), timestep, device=images.device)
+        noised.append(scheduler.add_noise(images, torch.randn_like(images), timesteps))
         outputs.append(pipe.unet(noised[-1], timesteps).sample)
         both.append(timesteps)
     guided = scheduler.step(torch.cat(outputs), torch.cat(both), torch.cat(noised)).prev_sample
-    maps = pipe.segmentation(torch.cat([pictures, guided], dim=1)).logits.sigmoid()
+    maps = pipe.segmentation(torch.cat([images, guided], dim=1)).logits.sigmoid()
     maps.flatten(1).topk(50).values.mean(1)
     return maps.detach().cpu()
 
 
 @torch.inference_mode()
-def iterative(pipe: DiffusionADPipeline, pictures: torch.Tensor, steps: int) -> None:
+def iterative(pipe: DiffusionADPipeline, images: torch.Tensor, steps: int) -> None:
     """So many DDIM steps, each a call of the UNet."""
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(scheduler.config.num_train_timesteps)
-    sample = torch.randn_like(pictures)
+    sample = torch.randn_like(images)
     for timestep in scheduler.timesteps[-steps:]:
-        sample = scheduler.step(pipe.unet(sample, timestep.to(pictures.device)).sample, timestep, sample).prev_sample
+        sample = scheduler.step(pipe.unet(sample, timestep.to(images.device)).sample, timestep, sample).prev_sample
 
 
 def variants(pipe: DiffusionADPipeline, with_compile: bool) -> dict[str, DiffusionADPipeline]:
@@ -139,14 +139,14 @@ def time_networks(
             "UNet": (torch.randn(2 * batch_size, 3, size, size, device=device), torch.tensor(200, device=device)),
             "segmentation": (torch.rand(batch_size, 6, size, size, device=device),),
         }
-        for network, (pictures, *timestep) in inputs.items():
+        for network, (images, *timestep) in inputs.items():
             part = "unet" if network == "UNet" else network
-            flops = count_flops(partial(getattr(pipe, part), pictures, *timestep))
+            flops = count_flops(partial(getattr(pipe, part), images, *timestep))
             for form, changed in pipes.items():
                 module = getattr(changed, part)
                 rows.append({"network": network, "batch": batch_size, "form": form, "flops": flops})
-                pictures = pictures.to(getattr(module, "input_dtype", module.dtype))
-                methods[f"{network}|{batch_size}|{form}"] = partial(module, pictures, *timestep)
+                images = images.to(getattr(module, "input_dtype", module.dtype))
+                methods[f"{network}|{batch_size}|{form}"] = partial(module, images, *timestep)
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
     with torch.inference_mode():
@@ -188,15 +188,15 @@ def main() -> None:
     if pipe.scheduler.config.distilled:
         parser.error("--model is distilled: give its teacher, which all forms are made of")
     size = pipe.config.image_size
-    pictures = torch.rand(max([1, *arguments.batch_sizes]), 3, size, size, generator=torch.Generator().manual_seed(0))
-    on_device = pictures[:1].to(device)
+    images = torch.rand(max([1, *arguments.batch_sizes]), 3, size, size, generator=torch.Generator().manual_seed(0))
+    on_device = images[:1].to(device)
     pipes = variants(pipe, arguments.compile)
     pipes = {name: form for name, form in pipes.items() if name in (arguments.forms or pipes)}
     results: dict[str, Any] = {"machine": machine(device), "model": arguments.model, "image_size": size}
     print(f"{arguments.model}, {size} px, {results['machine']}, medians of {arguments.rounds}\n")
 
     def call(name: str, batch_size: int) -> Callable[[], object]:
-        return lambda: pipes[name](pictures[:batch_size], batch_size=batch_size, output_type="pt")
+        return lambda: pipes[name](images[:batch_size], batch_size=batch_size, output_type="pt")
 
     def memory_of(name: str) -> float | None:
         recorded = device.type == "cuda" and "compiled" in name  # a CUDA graph keeps its memory between the calls
@@ -253,7 +253,7 @@ def main() -> None:
             memory = memory_of(f"{name}|{batch_size}")
             times = rate * results["latency"][AUTHORS]["median"], rate * results["latency"][INFERENCE_MODE]["median"]
             results["throughput"][f"{name}, batch {batch_size}"] = {
-                **timing._asdict(), "pictures_per_second": rate, "speedup": times, "peak_memory": memory,
+                **timing._asdict(), "images_per_second": rate, "speedup": times, "peak_memory": memory,
             }  # fmt: skip
             shown = "" if memory is None else f"{memory / GIB:.2f}"
             rows.append((name, batch_size, f"{rate:.3g}", *(f"{t:.3g}" for t in times), shown))

@@ -27,7 +27,7 @@ from diffusionad_pipe.metrics.streaming import StreamingAnomalyMetrics
 CPU = torch.device("cpu")
 
 
-def draw_picture(index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def sample_image(index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """An anomaly map, float32 in [0, 1], and its mask, `[size, size]` each, from a generator of its own."""
     rng = np.random.default_rng(index)
     mask = np.zeros((size, size), dtype=bool)
@@ -49,7 +49,7 @@ def scikit_learn(maps: list[np.ndarray], masks: list[np.ndarray]) -> None:
 
 def compare(count: int, size: int, rounds: int) -> dict[str, Any]:
     """Time the methods, and print how far the others are from the exact metrics."""
-    maps, masks = map(list, zip(*(draw_picture(index, size) for index in range(count))))
+    maps, masks = map(list, zip(*(sample_image(index, size) for index in range(count))))
     methods = {
         "exact AU-PRO alone": lambda: au_pro(maps, masks),
         "exact": lambda: evaluate_maps(maps, masks),
@@ -78,7 +78,7 @@ def stream(count: int, size: int) -> dict[str, Any]:
     """Stream pictures, and print the time of the metrics alone and the peak memory."""
     streaming, seconds = StreamingAnomalyMetrics(), 0.0
     for index in tqdm(range(count), unit="map"):
-        anomaly_map, mask = draw_picture(index, size)
+        anomaly_map, mask = sample_image(index, size)
         started = time.perf_counter()
         streaming.update(anomaly_map, mask, float(anomaly_map.max()))
         seconds += time.perf_counter() - started

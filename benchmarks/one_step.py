@@ -25,27 +25,27 @@ from diffusionad_pipe.files.output_folder import write_file
 
 
 @torch.inference_mode()
-def one_step(pipe: DiffusionADPipeline, pictures: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, int]:
+def one_step(pipe: DiffusionADPipeline, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Norm-guided reconstruction `[B, 3, H, W]` and the number of UNet calls, counted for B pictures each."""
     config = pipe.scheduler.config
-    timesteps = torch.tensor([config.small_timestep, config.large_timestep], device=pictures.device)
-    timesteps = timesteps.repeat_interleave(len(pictures))
-    noised = pipe.scheduler.add_noise(torch.cat([pictures, pictures]), torch.cat([noise, noise]), timesteps)
+    timesteps = torch.tensor([config.small_timestep, config.large_timestep], device=images.device)
+    timesteps = timesteps.repeat_interleave(len(images))
+    noised = pipe.scheduler.add_noise(torch.cat([images, images]), torch.cat([noise, noise]), timesteps)
     return pipe.scheduler.step(pipe.unet(noised, timesteps).sample, timesteps, noised).prev_sample, 2
 
 
 @torch.inference_mode()
 def iterative(
-    pipe: DiffusionADPipeline, pictures: torch.Tensor, noise: torch.Tensor, scheduler_class: Any, grid: int
+    pipe: DiffusionADPipeline, images: torch.Tensor, noise: torch.Tensor, scheduler_class: Any, grid: int
 ) -> tuple[torch.Tensor, int]:
     """Reconstruction by walking down from t_b over a grid of `grid` timesteps of the whole schedule."""
     scheduler = scheduler_class.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(grid)
     timesteps = [t for t in scheduler.timesteps if t <= pipe.scheduler.config.large_timestep]
-    generator = torch.Generator(pictures.device).manual_seed(0)
-    sample = scheduler.add_noise(pictures, noise, timesteps[0][None])
+    generator = torch.Generator(images.device).manual_seed(0)
+    sample = scheduler.add_noise(images, noise, timesteps[0][None])
     for timestep in tqdm(timesteps, desc=f"{scheduler_class.__name__}, grid of {grid}", leave=False):
-        model_output = pipe.unet(sample, timestep.to(pictures.device)).sample
+        model_output = pipe.unet(sample, timestep.to(images.device)).sample
         sample = scheduler.step(model_output, timestep, sample, generator=generator).prev_sample
     return sample, len(timesteps)
 
@@ -63,39 +63,39 @@ def main() -> None:
     if pipe.scheduler.config.distilled:
         parser.error(f"{arguments.model} is distilled: give its teacher, whose steps are compared")
     size = pipe.config.image_size
-    files = find_images(arguments.pictures)[: arguments.count]
-    pictures, _ = pipe.image_processor.preprocess([open_image(file) for file in files], size, size)
-    pictures = pictures.to(pipe.device)
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0)).to(pipe.device)
+    files = find_images(arguments.images)[: arguments.count]
+    images, _ = pipe.image_processor.preprocess([open_image(file) for file in files], size, size)
+    images = images.to(pipe.device)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(pipe.device)
 
     methods = {
-        "one step, norm-guided": lambda: one_step(pipe, pictures, noise),
-        "DDIM, grid of 50": lambda: iterative(pipe, pictures, noise, DDIMScheduler, 50),
-        "DDPM, grid of 1000": lambda: iterative(pipe, pictures, noise, DDPMScheduler, 1000),
+        "one step, norm-guided": lambda: one_step(pipe, images, noise),
+        "DDIM, grid of 50": lambda: iterative(pipe, images, noise, DDIMScheduler, 50),
+        "DDPM, grid of 1000": lambda: iterative(pipe, images, noise, DDPMScheduler, 1000),
     }
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     results: dict[str, dict[str, float]] = {}
-    one_step(pipe, pictures, noise)  # the first call sets up the kernels
+    one_step(pipe, images, noise)  # the first call sets up the kernels
     for _ in range(arguments.rounds):
         for name, method in methods.items():
             started = time.perf_counter()
             reconstruction, calls = method()
-            if pictures.is_cuda:
+            if images.is_cuda:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - started)
-            error = 255 * (reconstruction.clamp(0, 1) - pictures).abs().mean().item()
+            error = 255 * (reconstruction.clamp(0, 1) - images).abs().mean().item()
             results[name] = {"unet_passes": calls, "mean_absolute_error": error}
     fastest = statistics.median(seconds["one step, norm-guided"])
-    print(f"{len(pictures)} pictures of {size} px, {torch.get_num_threads()} threads, medians of {arguments.rounds}\n")
+    print(f"{len(images)} pictures of {size} px, {torch.get_num_threads()} threads, medians of {arguments.rounds}\n")
     print(
         "| reconstruction | UNet passes a picture | seconds a picture | times one step | mean absolute error of 255 |"
     )
     print("|---|---|---|---|---|")
     for name, result in results.items():
         median = statistics.median(seconds[name])
-        result |= {"seconds_per_picture": median / len(pictures), "times_one_step": median / fastest}
+        result |= {"seconds_per_image": median / len(images), "times_one_step": median / fastest}
         print(
-            f"| {name} | {result['unet_passes']} | {result['seconds_per_picture']:.3f} | "
+            f"| {name} | {result['unet_passes']} | {result['seconds_per_image']:.3f} | "
             f"{result['times_one_step']:.1f} | {result['mean_absolute_error']:.2f} |"
         )
     if arguments.output:

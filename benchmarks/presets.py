@@ -35,7 +35,7 @@ from measure import (
 
 from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.data.loading import load_anomaly_dataset
-from diffusionad_pipe.evaluation.test_set import TestPictures, load_test_pictures
+from diffusionad_pipe.evaluation.test_set import TestImages, load_test_images
 from diffusionad_pipe.export.detector import ExportedDetector, to_rgb_uint8
 from diffusionad_pipe.export.export import export_detector
 from diffusionad_pipe.freed_memory import keep_freed_memory
@@ -70,7 +70,7 @@ def draw_chart(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def accuracy(outputs: list[Any], test: TestPictures, chosen: range) -> dict[str, float]:
+def accuracy(outputs: list[Any], test: TestImages, chosen: range) -> dict[str, float]:
     maps = [output.anomaly_maps[0, ..., 0] for output in outputs]
     masks = [test.mask(index, found.shape) for index, found in zip(chosen, maps)]
     judged = [position for position, mask in enumerate(masks) if mask is not None]
@@ -85,7 +85,7 @@ def accuracy(outputs: list[Any], test: TestPictures, chosen: range) -> dict[str,
 
 def quantized(pipe: DiffusionADPipeline, data: str) -> dict[str, ExportedDetector]:
     """The float32 pipeline in each of `INT8_FORMS`."""
-    good = [to_rgb_uint8(picture) for picture in load_anomaly_dataset(data)["train"]["image"][:100]]
+    good = [to_rgb_uint8(image) for image in load_anomaly_dataset(data)["train"]["image"][:100]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "detector.xml")
         export_detector(pipe, path, "openvino", int8=True, calibration=good)
@@ -97,7 +97,7 @@ def quantized(pipe: DiffusionADPipeline, data: str) -> dict[str, ExportedDetecto
         }
 
 
-def flops_of_a_picture(pipe: DiffusionADPipeline) -> int:
+def flops_of_a_image(pipe: DiffusionADPipeline) -> int:
     """Of the UNet's passes and the segmentation network."""
     size, scales = pipe.config.image_size, pipe.scheduler.num_scales
     noised, pair = (
@@ -123,14 +123,14 @@ def main() -> None:
     keep_freed_memory()  # as the command line does
 
     device = PartialState().device
-    test = load_test_pictures(arguments.data, None)[0]
-    chosen = range(0, len(test), -(-len(test) // (arguments.pictures or len(test))))
+    test = load_test_images(arguments.data, None)[0]
+    chosen = range(0, len(test), -(-len(test) // (arguments.images or len(test))))
     forms = {form: dtype for form, dtype in FORMS.items() if dtype in (torch.float32, fastest_dtype(device))}
     pipes: dict[tuple[str, str], DiffusionADPipeline | ExportedDetector] = {}
     flops, sides = {}, {}
     for model in arguments.models:
         in_float32 = load_model(model, device)
-        flops[model], sides[model] = flops_of_a_picture(in_float32), in_float32.config.image_size
+        flops[model], sides[model] = flops_of_a_image(in_float32), in_float32.config.image_size
         for form, dtype in forms.items():
             pipes[model, form] = load_model(model, device, dtype)
             compiled = load_model(model, device, dtype) if arguments.compile else None
@@ -142,7 +142,7 @@ def main() -> None:
 
     def stream(pipe: DiffusionADPipeline | ExportedDetector) -> Callable[[], list[Any]]:
         return lambda: list(
-            pipe.stream((test.picture(i) for i in chosen), batch_size=arguments.batch_size, output_type="np")
+            pipe.stream((test.image(i) for i in chosen), batch_size=arguments.batch_size, output_type="np")
         )
 
     timings = in_turns({"|".join(key): stream(pipe) for key, pipe in pipes.items()}, arguments.rounds, device)

@@ -74,10 +74,10 @@ def measure(server: subprocess.Popen[bytes], address: str, requests: int, upload
         return
 
     process, memory = psutil.Process(server.pid), []
-    picture = Image.open(examples[0])
+    image = Image.open(examples[0])
     for number in range(requests):
         path = folder / "picture.jpg"
-        picture.rotate(number * 360 / requests).save(path)  # no two alike, as files of the same content are shared
+        image.rotate(number * 360 / requests).save(path)  # no two alike, as files of the same content are shared
         client.predict(handle_file(path), api_name="/detect")
         memory.append(process.memory_info().rss / 2**20)
     # The allocator fills its pools at first and takes another now and then; what is never freed needs more each time.

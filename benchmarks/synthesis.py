@@ -32,7 +32,7 @@ from diffusionad_pipe.synthesis.anomalies import (
     synthesize_anomalies,
 )
 from diffusionad_pipe.synthesis.sampling import sample_generator
-from diffusionad_pipe.training.images import foreground_mattes, read_good_pictures, read_textures
+from diffusionad_pipe.training.images import foreground_mattes, read_good_images, read_textures
 
 Generator = np.random.Generator
 
@@ -167,25 +167,25 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    good = read_good_pictures(arguments.data, arguments.resolution)
-    pictures, mattes = good.pixels, foreground_mattes("threshold", good)
+    good = read_good_images(arguments.data, arguments.resolution)
+    tensors, mattes = good.pixels, foreground_mattes("threshold", good)
     textures = read_textures(None, arguments.resolution)
     assert isinstance(mattes, torch.Tensor) and textures is not None
-    arrays = [t.permute(0, 2, 3, 1).contiguous().numpy() for t in (pictures, mattes, textures)]  # [N, H, W, C]
+    arrays = [t.permute(0, 2, 3, 1).contiguous().numpy() for t in (tensors, mattes, textures)]  # [N, H, W, C]
 
     def batches(draws: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[torch.Generator]]]:
         for start in range(0, len(draws), arguments.batch_size):
             batch = draws[start : start + arguments.batch_size]
-            rows = torch.tensor(batch) % len(pictures)
-            yield pictures[rows].float() / 255, mattes[rows].float() / 255, [sample_generator(0, n) for n in batch]
+            rows = torch.tensor(batch) % len(tensors)
+            yield tensors[rows].float() / 255, mattes[rows].float() / 255, [sample_generator(0, n) for n in batch]
 
     def plain(draws: Sequence[int]) -> list[np.ndarray]:
-        rngs = ((n % len(pictures), np.random.default_rng(n)) for n in draws)
+        rngs = ((n % len(tensors), np.random.default_rng(n)) for n in draws)
         images, foregrounds, sources = arrays
         return [synthesize(images[i], foregrounds[i, ..., 0] / np.float32(255), sources, rng)[1] for i, rng in rngs]
 
     def plain_masks(draws: Sequence[int]) -> list[np.ndarray]:
-        rngs = ((n % len(pictures), np.random.default_rng(n)) for n in draws)
+        rngs = ((n % len(tensors), np.random.default_rng(n)) for n in draws)
         return [perlin_mask(arrays[1][i, ..., 0] / np.float32(255), rng) for i, rng in rngs]
 
     def ours(draws: Sequence[int]) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ from diffusionad_pipe.freed_memory import keep_freed_memory
 from diffusionad_pipe.tiling import tile_starts
 
 
-def smooth_picture(height: int, width: int) -> Image.Image:
+def smooth_image(height: int, width: int) -> Image.Image:
     coarse = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(0))
     image = Image.fromarray(coarse[0].permute(1, 2, 0).mul(255).to(torch.uint8).numpy())
     return image.resize((width, height), Image.Resampling.BICUBIC)
@@ -54,9 +54,9 @@ def main() -> None:
     device = PartialState().device
     pipe = load_model(arguments.model, device, getattr(torch, arguments.dtype))
     tile = pipe.config.image_size
-    picture = smooth_picture(arguments.height, arguments.width)
+    image = smooth_image(arguments.height, arguments.width)
     # The first call sets up the kernels.
-    pipe([picture.crop((0, 0, tile, tile))] * arguments.batch_size, batch_size=arguments.batch_size)
+    pipe([image.crop((0, 0, tile, tile))] * arguments.batch_size, batch_size=arguments.batch_size)
 
     outputs: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {}
@@ -67,7 +67,7 @@ def main() -> None:
         if overlap is not None:
             pipe.enable_tiling(tile, overlap)
         started = time.perf_counter()
-        outputs[name] = pipe(picture, batch_size=arguments.batch_size)
+        outputs[name] = pipe(image, batch_size=arguments.batch_size)
         seconds.setdefault(name, []).append(time.perf_counter() - started)
 
     overlaps = {"not tiled": None} | {f"overlap {overlap:g}": overlap for overlap in arguments.overlaps}

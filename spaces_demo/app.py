@@ -30,14 +30,14 @@ except ImportError:
 
 
 import gradio as gr
-from batch import MAX_PICTURES, Batch, BatchRow, examine_batch, to_csv
+from batch import MAX_IMAGES, Batch, BatchRow, examine_batch, to_csv
 from detection import (
     MAX_NOISE_SAMPLES,
     Detection,
     Settings,
+    apply_thresholds,
     decide,
     draw_heatmap,
-    judge,
     run_model,
     write_files,
 )
@@ -47,7 +47,7 @@ from PIL import Image
 from server_disk import written_for_visitor
 
 from diffusionad_pipe.freed_memory import keep_freed_memory
-from diffusionad_pipe.images.colors import COLOUR_SCALE
+from diffusionad_pipe.images.colors import COLOR_SCALE
 
 HERE = Path(__file__).parent
 EXAMPLES = sorted(map(str, HERE.glob("examples/*.jpg")))
@@ -128,11 +128,11 @@ def examine(model: str, path: str, name: str, settings: Settings) -> Detection:
         return run_model(pipe, model, path, name, settings)
 
 
-def detect(picture, model, image_threshold, pixel_threshold, *settings):
+def detect(image, model, image_threshold, pixel_threshold, *settings):
     """Find the defects in a picture.
 
     Args:
-        picture: a PNG, JPEG, WebP, TIFF or BMP file of at most 20 MB and 24 megapixels.
+        image: a PNG, JPEG, WebP, TIFF or BMP file of at most 20 MB and 24 megapixels.
         model: a name from the menu.
         image_threshold: the picture is defective when its score is above; 0 makes no decision.
         pixel_threshold: pixels above are marked; 0 marks none.
@@ -142,13 +142,13 @@ def detect(picture, model, image_threshold, pixel_threshold, *settings):
         The detection, a dictionary of verdict, explanation, score and threshold; picture and heatmap; picture and
         reconstruction; the picture with the defects' contours; their table.
     """
-    if picture is None:
+    if image is None:
         return NOTHING
     image_threshold, pixel_threshold, settings = read_settings(image_threshold, pixel_threshold, *settings)
     pipe = get_model(model)
     with told_to_visitor():
-        detection = examine(model, picture["path"], picture.get("orig_name") or "picture", settings)
-    verdict, regions, contours = judge(pipe, detection, image_threshold, pixel_threshold)
+        detection = examine(model, image["path"], image.get("orig_name") or "picture", settings)
+    verdict, regions, contours = apply_thresholds(pipe, detection, image_threshold, pixel_threshold)
     shown, heatmap = write_png(detection.shown), write_png(draw_heatmap(pipe, detection))
     sliders = (shown, heatmap), (shown, write_png(detection.reconstruction))
     return detection, verdict, *sliders, write_png(contours), tabulate(regions, detection)
@@ -161,14 +161,14 @@ def write_png(image: Image.Image | None) -> str | None:
     """
     if image is None:
         return None
-    path = Path(picture.GRADIO_CACHE, uuid.uuid4().hex, "picture.png")
+    path = Path(image_input.GRADIO_CACHE, uuid.uuid4().hex, "picture.png")
     with told_to_visitor(), written_for_visitor():
         path.parent.mkdir(parents=True)
         image.save(path, compress_level=1)
     return str(path)
 
 
-def judge_again(detection: Detection | None, image_threshold, pixel_threshold):
+def apply_other_thresholds(detection: Detection | None, image_threshold, pixel_threshold):
     """Judge the last picture by other thresholds, without another run of the model.
 
     Args:
@@ -182,7 +182,9 @@ def judge_again(detection: Detection | None, image_threshold, pixel_threshold):
     image_threshold, pixel_threshold, _ = read_settings(image_threshold, pixel_threshold, *DEFAULT_SETTINGS)
     if detection is None:
         return decide(None, image_threshold), None, []
-    verdict, regions, contours = judge(get_model(detection.model), detection, image_threshold, pixel_threshold)
+    verdict, regions, contours = apply_thresholds(
+        get_model(detection.model), detection, image_threshold, pixel_threshold
+    )
     return verdict, write_png(contours), tabulate(regions, detection)
 
 
@@ -200,8 +202,8 @@ def choose_region(detection: Detection | None, pixel_threshold, event: gr.Select
     """Frame the region of the table's row that was clicked."""
     if detection is None:
         return None
-    framed = judge(get_model(detection.model), detection, 0, pixel_threshold, int(event.row_value[0]))
-    return write_png(framed.picture)
+    framed = apply_thresholds(get_model(detection.model), detection, 0, pixel_threshold, int(event.row_value[0]))
+    return write_png(framed.image)
 
 
 def explain(detection: Detection | None):
@@ -237,7 +239,7 @@ def detect_batch(uploads, model, image_threshold, pixel_threshold, *settings):
 
     def examine_one(path: str, name: str) -> BatchRow:
         detection = examine(model, path, name, settings)
-        verdict, regions, _ = judge(pipe, detection, image_threshold, pixel_threshold)
+        verdict, regions, _ = apply_thresholds(pipe, detection, image_threshold, pixel_threshold)
         heatmap = draw_heatmap(pipe, detection)
         heatmap.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         marked = 100 * sum(region.area for region in regions) / (detection.size[0] * detection.size[1])
@@ -337,7 +339,7 @@ VERDICT = """<div class="verdict ${value.verdict.split(' ')[0].toLowerCase()}" r
 
 LEGEND = f"""<div class="legend" role="img" aria-label="Colours from dark blue, normal, 0, to light pink, anomalous, 1">
 <span>normal 0</span>
-<i style="background: linear-gradient(90deg, {", ".join("#" + c for c in COLOUR_SCALE.split())})"></i>
+<i style="background: linear-gradient(90deg, {", ".join("#" + c for c in COLOR_SCALE.split())})"></i>
 <span>1 anomalous</span></div>"""
 
 THRESHOLDS = (
@@ -382,9 +384,9 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(10**9, KEEP_SECONDS)) as demo:
             )
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
-                    picture = gr.Image(label="Picture", sources=["upload", "clipboard", "webcam"], height=340)
+                    image_input = gr.Image(label="Picture", sources=["upload", "clipboard", "webcam"], height=340)
                     button = gr.Button("Detect", variant="primary")
-                    examples = gr.Examples(EXAMPLES, picture, cache_examples=False)
+                    examples = gr.Examples(EXAMPLES, image_input, cache_examples=False)
                     with gr.Accordion("Advanced", open=False):
                         thresholds = [
                             gr.Slider(0, 1, round(value or 0, 4), step=0.0001, label=label, info=explanation)
@@ -423,7 +425,7 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(10**9, KEEP_SECONDS)) as demo:
                             )
         with gr.Tab("Many pictures"):
             gr.Markdown(
-                f"Up to {MAX_PICTURES} pictures or zip archives of pictures, {MAX_UPLOAD_MB} MB a file. "
+                f"Up to {MAX_IMAGES} pictures or zip archives of pictures, {MAX_UPLOAD_MB} MB a file. "
                 "The model, the thresholds and the settings are those of the first tab."
             )
             uploads = gr.File(label="Pictures or zip archives", file_count="multiple", height=160)
@@ -472,7 +474,7 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(10**9, KEEP_SECONDS)) as demo:
     results = [detection, verdict, heatmap, reconstruction, contours, regions]
     detecting: dict[str, Any] = {
         "fn": detect,
-        "inputs": [picture, *inputs],
+        "inputs": [image_input, *inputs],
         "outputs": results,
         "preprocess": False,  # Gradio cannot say what is wrong with a file, and saturates 16-bit pictures
         "concurrency_limit": 2,  # one reads and draws while the other's model runs
@@ -480,7 +482,7 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(10**9, KEEP_SECONDS)) as demo:
     }
     # Input is an upload, a snapshot or a removal; an example is none. For `change`, an upload counts twice.
     for event in (
-        gr.on([button.click, picture.input], **detecting, api_name="detect"),
+        gr.on([button.click, image_input.input], **detecting, api_name="detect"),
         examples.load_input_event.then(**detecting, api_visibility="private"),
     ):
         # After an error, the verdict on the picture before must not stand beside this one.
@@ -488,7 +490,7 @@ with gr.Blocks(title="DiffusionAD", delete_cache=(10**9, KEEP_SECONDS)) as demo:
         event.then(lambda: None, outputs=files, api_visibility="private")
     gr.on(
         [threshold.change for threshold in thresholds],
-        judge_again,
+        apply_other_thresholds,
         [detection, *thresholds],
         [verdict, contours, regions],
         api_name="decide",

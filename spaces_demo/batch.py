@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from server_disk import written_for_visitor
 
-MAX_PICTURES = 200
+MAX_IMAGES = 200
 MAX_MEMBER_BYTES = 20 * 2**20  # of one picture, unpacked
 MAX_UNPACKED_BYTES = 500 * 2**20  # of one batch
 MAX_MEMBERS = 2000  # of an archive, pictures or not
@@ -170,8 +170,8 @@ def examine_batch(
     end = time.monotonic() + seconds
     items = list_items(uploads)
     batch = Batch(total=len(items))
-    if len(items) > MAX_PICTURES:
-        batch.stopped = f"{len(items)} pictures are more than {MAX_PICTURES}; split them into several batches"
+    if len(items) > MAX_IMAGES:
+        batch.stopped = f"{len(items)} pictures are more than {MAX_IMAGES}; split them into several batches"
         yield batch
         return
     yield batch

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffusionad_pipe import DiffusionADPipeline
     from diffusionad_pipe.images.regions import DefectRegion
 
-MAX_PICTURE_BYTES = 20 * 2**20
+MAX_IMAGE_BYTES = 20 * 2**20
 MAX_PIXELS = 24_000_000  # a phone's picture fits
 MAX_NOISE_SAMPLES = 8
 MAX_SECONDS = 60  # for one picture; a free CPU needs about one for each noise sample
@@ -89,12 +89,12 @@ class Finding(NamedTuple):
     Args:
         verdict: what [`decide`] says.
         regions: the defects, the largest first.
-        picture: the picture with their contours.
+        image: the picture with their contours.
     """
 
     verdict: dict[str, Any]
     regions: "list[DefectRegion]"
-    picture: Image.Image
+    image: Image.Image
 
 
 def run_model(pipe: "DiffusionADPipeline", model: str, path: str, name: str, settings: Settings) -> Detection:
@@ -128,8 +128,8 @@ def run_model(pipe: "DiffusionADPipeline", model: str, path: str, name: str, set
         megabytes = os.path.getsize(path) / 2**20
     except OSError as error:
         raise ValueError(DELETED) from error
-    if megabytes > MAX_PICTURE_BYTES / 2**20:
-        raise ValueError(f"the file has {megabytes:.0f} MB; give a picture of at most {MAX_PICTURE_BYTES >> 20} MB")
+    if megabytes > MAX_IMAGE_BYTES / 2**20:
+        raise ValueError(f"the file has {megabytes:.0f} MB; give a picture of at most {MAX_IMAGE_BYTES >> 20} MB")
     try:
         image = open_image(path, max_pixels=MAX_PIXELS)
     except ValueError as error:
@@ -187,7 +187,7 @@ def draw_heatmap(pipe: "DiffusionADPipeline", detection: Detection) -> Image.Ima
     return pipe.image_processor.visualize_anomaly_map(detection.shown, anomaly_map, opacity=OPACITY)
 
 
-def judge(
+def apply_thresholds(
     pipe: "DiffusionADPipeline", detection: Detection, image_threshold: float, pixel_threshold: float, chosen: int = 0
 ) -> Finding:
     """Verdict, regions and contours for these thresholds, without running the model.
@@ -211,11 +211,11 @@ def judge(
     mask = (anomaly_map > pixel_threshold).float()[None]
     # A maximum, so that a small region does not vanish when the picture is shrunk.
     mask = F.adaptive_max_pool2d(mask, (shown.height, shown.width))[0]
-    picture = pipe.image_processor.visualize_mask(shown, mask)
+    image = pipe.image_processor.visualize_mask(shown, mask)
     if 0 < chosen <= len(regions):
         scale = shown.width / detection.size[1]
         left, top, right, bottom = (round(side * scale) for side in regions[chosen - 1].box)
-        draw, margin = ImageDraw.Draw(picture), 6
+        draw, margin = ImageDraw.Draw(image), 6
         box = (
             max(left - margin, 0),
             max(top - margin, 0),
@@ -224,7 +224,7 @@ def judge(
         )
         draw.rectangle(box, outline="black", width=5)  # seen on bright and on dark surfaces
         draw.rectangle(box, outline="white", width=2)
-    return Finding(verdict, regions, picture)
+    return Finding(verdict, regions, image)
 
 
 def resize_map(pipe: "DiffusionADPipeline", detection: Detection, size: tuple[int, int]) -> "torch.Tensor":
@@ -240,8 +240,8 @@ def write_files(
     Args:
         pipe: the model, whose image processor draws.
         detection: of the picture.
-        image_threshold: see [`judge`].
-        pixel_threshold: see [`judge`].
+        image_threshold: see [`apply_thresholds`].
+        pixel_threshold: see [`apply_thresholds`].
         folder: where a new folder for the files is made.
 
     Returns:
@@ -255,10 +255,10 @@ def write_files(
     except ValueError as error:
         raise ValueError(DELETED) from error
     processor = pipe.image_processor
-    picture = processor.postprocess(processor.preprocess(image, *detection.size)[0], "pil")[0]
+    upright = processor.postprocess(processor.preprocess(image, *detection.size)[0], "pil")[0]
     anomaly_map = resize_map(pipe, detection, detection.size)
     mask = anomaly_map > pixel_threshold if pixel_threshold else None
-    verdict, regions, _ = judge(pipe, detection, image_threshold, pixel_threshold)
+    verdict, regions, _ = apply_thresholds(pipe, detection, image_threshold, pixel_threshold)
     report = {
         "picture": detection.name,
         "height": detection.size[0],
@@ -272,7 +272,7 @@ def write_files(
     stem = safe_name(Path(detection.name).stem or "picture")
     folder = folder / uuid.uuid4().hex  # two visitors may have pictures of one name
     overlay_path, map_path, report_path = (folder / f"{stem}{end}" for end in ("_overlay.png", "_map.png", ".json"))
-    overlay = processor.visualize_anomaly_map(picture, anomaly_map, mask)
+    overlay = processor.visualize_anomaly_map(upright, anomaly_map, mask)
     with written_for_visitor():
         folder.mkdir(parents=True)
         overlay.save(overlay_path)

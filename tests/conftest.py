@@ -115,8 +115,8 @@ def assert_same() -> Callable[[DiffusionADPipeline, DiffusionADPipeline], None]:
         for one, other in ((first, second), (first.scheduler, second.scheduler)):
             one, other = ({k: v for k, v in c.config.items() if not k.startswith("_")} for c in (one, other))
             assert one == other
-        pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        one, other = first(pictures, output_type="pt"), second(pictures, output_type="pt")
+        images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        one, other = first(images, output_type="pt"), second(images, output_type="pt")
         assert one.anomaly_maps.std() > 1e-3  # a constant map would compare equal whatever was loaded
         for field in ("anomaly_maps", "anomaly_scores", "reconstructions"):
             assert torch.equal(one[field], other[field]), field

@@ -25,7 +25,7 @@ def elsewhere(tiny_pipeline: DiffusionADPipeline) -> DiffusionADPipeline:
 
 
 def test_a_picture_is_judged_where_the_networks_are(elsewhere: DiffusionADPipeline) -> None:
-    pictures = torch.empty(SHAPE, device="meta")
+    images = torch.empty(SHAPE, device="meta")
     for distilled in (False, True):
         config = elsewhere.scheduler.config
         elsewhere.scheduler = NormGuidedOneStepScheduler.from_config(
@@ -33,7 +33,7 @@ def test_a_picture_is_judged_where_the_networks_are(elsewhere: DiffusionADPipeli
         )
         timesteps = elsewhere.scheduler.timesteps
         for noises in (elsewhere.fixed_noise(1, 32, 32).expand(1, 2, *SHAPE), torch.randn(1, 2, *SHAPE)):
-            maps, reconstructions = elsewhere.detect(pictures, noises, timesteps)
+            maps, reconstructions = elsewhere.detect(images, noises, timesteps)
             assert maps.device.type == reconstructions.device.type == "meta"
 
 

@@ -14,7 +14,7 @@ from tests.helpers.tiny_images import HEIGHT, PIXELS, UNIT, WIDTH, read
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [
         Image.fromarray(PIXELS),
         PIXELS,
@@ -32,8 +32,8 @@ from tests.helpers.tiny_images import HEIGHT, PIXELS, UNIT, WIDTH, read
         UNIT.clone().requires_grad_(),
     ],
 )
-def test_every_kind_of_colour_picture_is_read_alike_and_bit_exactly(processor, picture):
-    batch, sizes = processor.preprocess(picture, HEIGHT, WIDTH)
+def test_every_kind_of_colour_picture_is_read_alike_and_bit_exactly(processor, image):
+    batch, sizes = processor.preprocess(image, HEIGHT, WIDTH)
     assert batch.shape == (1, 3, HEIGHT, WIDTH)
     assert batch.dtype == torch.float32
     assert torch.equal(batch[0], UNIT)
@@ -42,7 +42,7 @@ def test_every_kind_of_colour_picture_is_read_alike_and_bit_exactly(processor, p
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [
         Image.fromarray(PIXELS[..., 0]),
         PIXELS[..., 0],
@@ -54,8 +54,8 @@ def test_every_kind_of_colour_picture_is_read_alike_and_bit_exactly(processor, p
         Image.fromarray(PIXELS[..., 0].astype(np.float32) / 255),
     ],
 )
-def test_grey_pictures_become_three_equal_channels(picture):
-    assert torch.equal(read(picture), UNIT[:1].expand(3, -1, -1))
+def test_grey_pictures_become_three_equal_channels(image):
+    assert torch.equal(read(image), UNIT[:1].expand(3, -1, -1))
 
 
 def test_half_precision_and_bool_are_read():
@@ -66,17 +66,17 @@ def test_half_precision_and_bool_are_read():
 
 
 def test_lists_mix_kinds_and_sizes(processor):
-    pictures = (Image.new("L", (30, 20)), np.zeros((2, 9, 10, 3), np.uint8), torch.zeros(3, 40, 50))
-    batch, sizes = processor.preprocess(pictures, 8, 24)
+    images = (Image.new("L", (30, 20)), np.zeros((2, 9, 10, 3), np.uint8), torch.zeros(3, 40, 50))
+    batch, sizes = processor.preprocess(images, 8, 24)
     assert batch.shape == (4, 3, 8, 24)
     assert sizes == [(20, 30), (9, 10), (9, 10), (40, 50)]
 
 
 def test_the_input_is_never_changed_or_shared(processor):
-    picture = torch.full((3, HEIGHT, WIDTH), 0.5)
-    batch, _ = processor.preprocess(picture, HEIGHT, WIDTH)
+    image = torch.full((3, HEIGHT, WIDTH), 0.5)
+    batch, _ = processor.preprocess(image, HEIGHT, WIDTH)
     batch.zero_()
-    assert (picture == 0.5).all()
+    assert (image == 0.5).all()
 
 
 def test_resizing_is_antialiased_and_stays_in_range(processor):
@@ -94,7 +94,7 @@ def test_resizing_is_antialiased_and_stays_in_range(processor):
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "message"),
     [
         ("a.png", "'a.png' is a path; open it with diffusionad_pipe.open_image(path) first"),
         (Path("a.png"), "open it with diffusionad_pipe.open_image(path) first"),
@@ -102,13 +102,13 @@ def test_resizing_is_antialiased_and_stays_in_range(processor):
         ([[PIXELS]], "must be a PIL image, a NumPy array or a torch tensor, not list"),
     ],
 )
-def test_refuses_wrong_types(picture, message):
+def test_refuses_wrong_types(image, message):
     with pytest.raises(TypeError, match=re.escape(message)):
-        read(picture)
+        read(image)
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "message"),
     [
         ([], "no pictures; give at least one"),
         (np.zeros((0, 16, 16, 3), np.uint8), "no pictures; give at least one"),
@@ -135,9 +135,9 @@ def test_refuses_wrong_types(picture, message):
         (Image.new("L", (8, 257)), "8 x 257 pixels are too long a strip; crop it to an aspect ratio of at most 32"),
     ],
 )
-def test_refuses_unusable_pictures_and_says_the_cure(picture, message):
+def test_refuses_unusable_pictures_and_says_the_cure(image, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        read(picture)
+        read(image)
 
 
 def test_the_limits_are_inclusive_and_can_be_set():
@@ -146,9 +146,9 @@ def test_the_limits_are_inclusive_and_can_be_set():
 
 
 def test_rounding_around_the_range_is_clamped():
-    picture = torch.full((16, 20), 1 + 1e-6)
-    picture[0] = -1e-6
-    result = read(picture, 16, 20)
+    image = torch.full((16, 20), 1 + 1e-6)
+    image[0] = -1e-6
+    result = read(image, 16, 20)
     assert result.min() == 0
     assert result.max() == 1
 

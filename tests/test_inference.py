@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 HAZELNUT = ROOT / "training" / "data" / "hazelnut_toy" / "hazelnut"
 
 
-def pictures(count: int, size: int = 32) -> list[Image.Image]:
+def make_images(count: int, size: int = 32) -> list[Image.Image]:
     random = np.random.RandomState(0)
     return [Image.fromarray(random.randint(0, 256, (size, size + i, 3), dtype=np.uint8)) for i in range(count)]
 
@@ -37,7 +37,7 @@ OVERLAPPED = pytest.mark.parametrize("overlapped", [False, True])
 @OVERLAPPED
 def test_a_stream_is_the_call(overlapped: bool, tiny_pipeline: DiffusionADPipeline) -> None:
     tiny_pipeline.register_to_config(image_threshold=0.5, pixel_threshold=0.5)
-    images = pictures(5)
+    images = make_images(5)
     called = tiny_pipeline(images, batch_size=2, output_type="np", guidance_scale=0.5, height=64)
     settings = {"batch_size": 2, "output_type": "np", "guidance_scale": 0.5, "height": 64}
     streamed = list(stream(tiny_pipeline, iter(images), overlapped, **settings))
@@ -58,16 +58,18 @@ def test_networks_that_record_cuda_graphs_run_in_the_callers_thread(
     tiny_pipeline.unet.register_forward_hook(lambda *_: threads.append(threading.current_thread()))
     if tiled:
         tiny_pipeline.enable_tiling(32)
-    expected = [output.anomaly_scores[0] for output in stream(tiny_pipeline, pictures(3), True, batch_size=1)]
+    expected = [output.anomaly_scores[0] for output in stream(tiny_pipeline, make_images(3), True, batch_size=1)]
     assert threading.current_thread() not in threads
     threads.clear()
     tiny_pipeline._records_cuda_graphs = True
-    assert [output.anomaly_scores[0] for output in stream(tiny_pipeline, pictures(3), True, batch_size=1)] == expected
+    assert [
+        output.anomaly_scores[0] for output in stream(tiny_pipeline, make_images(3), True, batch_size=1)
+    ] == expected
     assert set(threads) == {threading.current_thread()}
 
 
 def test_a_generator_draws_in_a_stream_as_in_a_call(tiny_pipeline: DiffusionADPipeline) -> None:
-    images = pictures(3)
+    images = make_images(3)
     called = tiny_pipeline(images, batch_size=2, generator=torch.Generator().manual_seed(5), output_type="np")
     outputs = tiny_pipeline.stream(images, batch_size=2, generator=torch.Generator().manual_seed(5), output_type="np")
     assert [output.anomaly_scores[0] for output in outputs] == called.anomaly_scores.tolist()
@@ -80,7 +82,7 @@ def test_a_stream_reads_ahead_but_not_far(overlapped: bool, tiny_pipeline: Diffu
     def endless() -> Iterator[Image.Image]:
         while True:
             read.append(threading.current_thread())
-            yield pictures(1)[0]
+            yield make_images(1)[0]
 
     outputs = stream(tiny_pipeline, endless(), overlapped, batch_size=1)
     assert not read
@@ -102,14 +104,14 @@ def test_an_error_in_a_stream_comes_after_the_good_outputs(
     overlapped: bool, tiny_pipeline: DiffusionADPipeline
 ) -> None:
     def some_break() -> Iterator[Image.Image]:
-        yield from pictures(2)
+        yield from make_images(2)
         raise OSError("the camera was unplugged")
 
     outputs = stream(tiny_pipeline, some_break(), overlapped, batch_size=1)
     next(outputs), next(outputs)
     with pytest.raises(OSError, match="unplugged"):
         next(outputs)
-    outputs = stream(tiny_pipeline, [*pictures(1), np.full((32, 32, 3), 7.0)], overlapped, batch_size=1)
+    outputs = stream(tiny_pipeline, [*make_images(1), np.full((32, 32, 3), 7.0)], overlapped, batch_size=1)
     next(outputs)
     with pytest.raises(ValueError, match="divide 0..255"):
         next(outputs)
@@ -126,7 +128,7 @@ def test_an_error_in_a_stream_comes_after_the_good_outputs(
 )
 def test_bad_arguments_of_a_stream(tiny_pipeline: DiffusionADPipeline, arguments: dict, cause: str) -> None:
     with pytest.raises(ValueError, match=cause):
-        tiny_pipeline.stream(pictures(1), **arguments)
+        tiny_pipeline.stream(make_images(1), **arguments)
 
 
 def test_prefetched_keeps_order_and_errors() -> None:
@@ -138,9 +140,9 @@ def test_prefetched_keeps_order_and_errors() -> None:
 
 
 def test_fixed_noise_is_drawn_once(tiny_pipeline: DiffusionADPipeline) -> None:
-    tiny_pipeline(pictures(1))
+    tiny_pipeline(make_images(1))
     drawn = tiny_pipeline.fixed_noise(1, 32, 32)
-    tiny_pipeline(pictures(3))
+    tiny_pipeline(make_images(3))
     assert tiny_pipeline.fixed_noise(1, 32, 32) is drawn
     assert tiny_pipeline.fixed_noise(1, 32, 64).shape == (1, 2, 1, 3, 32, 64)
     tiny_pipeline.register_to_config(noise_seed=3)
@@ -149,7 +151,7 @@ def test_fixed_noise_is_drawn_once(tiny_pipeline: DiffusionADPipeline) -> None:
 
 def test_outputs_can_be_used_for_training(tiny_pipeline: DiffusionADPipeline) -> None:
     """Tensors made in inference mode could not: autograd refuses them."""
-    output = tiny_pipeline(pictures(1), output_type="pt")
+    output = tiny_pipeline(make_images(1), output_type="pt")
     weight = torch.ones(1, requires_grad=True)
     (weight * output.anomaly_maps).sum().backward()
     output.reconstructions.mul_(2)
@@ -168,7 +170,7 @@ def test_a_shipped_model_tells_a_stained_nut_from_a_good_one(folder: Path) -> No
 @pytest.mark.slow
 def test_bfloat16_maps_are_close() -> None:
     """Within 0.02 of float32 at every pixel, which takes a first convolution in float32."""
-    picture = open_image(HAZELNUT / "test" / "colour" / "00.jpg")
+    image = open_image(HAZELNUT / "test" / "colour" / "00.jpg")
     exact, half, cast = (DiffusionADPipeline.from_pretrained(ROOT / "pretrained" / "hazelnut") for _ in range(3))
     half.unet.to(torch.bfloat16)
     half.segmentation.cast(torch.bfloat16)
@@ -176,21 +178,21 @@ def test_bfloat16_maps_are_close() -> None:
     assert half.segmentation.dtype == torch.bfloat16 and half.segmentation.input_dtype == torch.float32
     side = 256 if fastest_dtype("cpu") == torch.bfloat16 else 128  # a processor that emulates it would take minutes
     size = {"height": side, "width": side}
-    maps, near, far = (pipe(picture, output_type="pt", **size).anomaly_maps for pipe in (exact, half, cast))
+    maps, near, far = (pipe(image, output_type="pt", **size).anomaly_maps for pipe in (exact, half, cast))
     assert 0 < (near - maps).abs().max() < 0.02
     assert (near - maps).abs().mean() < 0.8 * (far - maps).abs().mean()
 
 
 def test_bfloat16_end_to_end(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> None:
-    exact = tiny_pipeline(pictures(2), output_type="pt")
+    exact = tiny_pipeline(make_images(2), output_type="pt")
     tiny_pipeline.save_pretrained(tmp_path)
     loaded = DiffusionADPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.unet.dtype == loaded.segmentation.dtype == torch.bfloat16
-    output = loaded(pictures(2), output_type="pt")
+    output = loaded(make_images(2), output_type="pt")
     assert output.anomaly_maps[0].dtype == output.anomaly_scores.dtype == torch.float32
     for ours, expected in zip(output.anomaly_maps, exact.anomaly_maps):
         torch.testing.assert_close(ours, expected, rtol=0, atol=0.02)
-    again = loaded(pictures(2), output_type="pt")
+    again = loaded(make_images(2), output_type="pt")
     assert torch.equal(again.anomaly_scores, output.anomaly_scores)
     # Laid out for speed on a CPU, but not in files, and never what somebody else may use too.
     channels_last = not torch.cuda.is_available()
@@ -199,7 +201,7 @@ def test_bfloat16_end_to_end(tiny_pipeline: DiffusionADPipeline, tmp_path: Path)
         assert convolution.is_contiguous() != channels_last
     loaded.save_pretrained(tmp_path / "half")
     saved = DiffusionADPipeline.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
-    assert torch.equal(saved(pictures(2), output_type="pt").anomaly_scores, output.anomaly_scores)
+    assert torch.equal(saved(make_images(2), output_type="pt").anomaly_scores, output.anomaly_scores)
     unet = type(loaded.unet).from_config(loaded.unet.config).to(torch.bfloat16)
     assert DiffusionADPipeline.from_pretrained(tmp_path, unet=unet, dtype=torch.bfloat16).unet is unet
     assert all(parameter.is_contiguous() for parameter in unet.parameters())
@@ -210,7 +212,7 @@ def test_bfloat16_end_to_end(tiny_pipeline: DiffusionADPipeline, tmp_path: Path)
 
 
 def test_batch_norm_is_folded(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> None:
-    exact = tiny_pipeline(pictures(2, 40), output_type="np")
+    exact = tiny_pipeline(make_images(2, 40), output_type="np")
     original = tiny_pipeline.segmentation
     state = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     tiny_pipeline.fold_batch_norm()
@@ -218,11 +220,11 @@ def test_batch_norm_is_folded(tiny_pipeline: DiffusionADPipeline, tmp_path: Path
     assert folded.config.norm_type == "none" and original.config.norm_type == "batch"
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     assert all(torch.equal(tensor, state[name]) for name, tensor in original.state_dict().items())
-    output = tiny_pipeline(pictures(2, 40), output_type="np")
+    output = tiny_pipeline(make_images(2, 40), output_type="np")
     np.testing.assert_allclose(output.anomaly_scores, exact.anomaly_scores, rtol=0, atol=1e-5)
     tiny_pipeline.fold_batch_norm()  # nothing left to fold
     tiny_pipeline.save_pretrained(tmp_path)
-    again = DiffusionADPipeline.from_pretrained(tmp_path)(pictures(2, 40), output_type="np")
+    again = DiffusionADPipeline.from_pretrained(tmp_path)(make_images(2, 40), output_type="np")
     np.testing.assert_array_equal(again.anomaly_scores, output.anomaly_scores)
     with pytest.raises(ValueError, match="only batch normalisation"):
         SegmentationUNet2DModel(base_channels=8, norm_type="group").fold_batch_norm()
@@ -230,12 +232,12 @@ def test_batch_norm_is_folded(tiny_pipeline: DiffusionADPipeline, tmp_path: Path
 
 @pytest.mark.slow
 def test_compiled_networks_say_the_same(tiny_pipeline: DiffusionADPipeline) -> None:
-    exact = tiny_pipeline(pictures(1), output_type="pt")
+    exact = tiny_pipeline(make_images(1), output_type="pt")
     names = list(tiny_pipeline.unet.state_dict())
     assert tiny_pipeline.compile(
         backend="eager", mode=None
     )  # traces the networks, and spares the test the C++ compiler
-    output = tiny_pipeline(pictures(1), output_type="pt")
+    output = tiny_pipeline(make_images(1), output_type="pt")
     torch.testing.assert_close(output.anomaly_maps, exact.anomaly_maps, rtol=0, atol=1e-5)
     assert list(tiny_pipeline.unet.state_dict()) == names
     torch._dynamo.reset()
@@ -244,11 +246,11 @@ def test_compiled_networks_say_the_same(tiny_pipeline: DiffusionADPipeline) -> N
 def test_without_a_compiler_compile_says_so_and_changes_nothing(tiny_pipeline, monkeypatch, caplog) -> None:
     import torch._inductor.config as inductor
 
-    exact = tiny_pipeline(pictures(1), output_type="pt")
+    exact = tiny_pipeline(make_images(1), output_type="pt")
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
     assert not tiny_pipeline.compile()
     assert "stay uncompiled" in caplog.text and "C++ compiler" in caplog.text
-    assert torch.equal(tiny_pipeline(pictures(1), output_type="pt").anomaly_maps, exact.anomaly_maps)
+    assert torch.equal(tiny_pipeline(make_images(1), output_type="pt").anomaly_maps, exact.anomaly_maps)
     torch._dynamo.reset()
 
 
@@ -256,10 +258,10 @@ def test_too_many_noises_are_said(tiny_pipeline: DiffusionADPipeline) -> None:
     for count in (10**12, 10**16):  # more than any memory, and more than torch can count
         for generator in (None, torch.Generator().manual_seed(0)):
             with pytest.raises(MemoryError, match=f"num_noise_samples={count} at 32 x 32 pixels: use fewer"):
-                tiny_pipeline(pictures(1), num_noise_samples=count, generator=generator)
+                tiny_pipeline(make_images(1), num_noise_samples=count, generator=generator)
     tiny_pipeline.enable_tiling(32)
     with pytest.raises(MemoryError, match=f"num_noise_samples={10**12}, batch_size=8 and tile_size=32"):
-        tiny_pipeline(pictures(1, 64), num_noise_samples=10**12)
+        tiny_pipeline(make_images(1, 64), num_noise_samples=10**12)
 
 
 def test_out_of_memory_names_the_cure(tiny_pipeline: DiffusionADPipeline) -> None:

@@ -12,14 +12,14 @@ from PIL import Image
 from diffusionad_pipe import DiffusionADPipeline
 
 
-def pictures(count: int, size: int = 32) -> list[Image.Image]:
+def make_images(count: int, size: int = 32) -> list[Image.Image]:
     random = np.random.RandomState(0)
     return [Image.fromarray(random.randint(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 def test_output_types_agree(tiny_pipeline: DiffusionADPipeline) -> None:
     tiny_pipeline.register_to_config(image_threshold=0.5, pixel_threshold=0.5)
-    images = pictures(2)
+    images = make_images(2)
     pt, array, pil = (tiny_pipeline(images, output_type=kind) for kind in ("pt", "np", "pil"))
     assert pt.anomaly_maps.shape == pt.predicted_masks.shape == (2, 1, 32, 32)
     assert pt.reconstructions.shape == (2, 3, 32, 32) and pt.anomaly_scores.shape == pt.is_anomalous.shape == (2,)
@@ -35,17 +35,17 @@ def test_output_types_agree(tiny_pipeline: DiffusionADPipeline) -> None:
 
 
 def test_decisions_need_thresholds(tiny_pipeline: DiffusionADPipeline) -> None:
-    output = tiny_pipeline(pictures(1), output_type="pt")
+    output = tiny_pipeline(make_images(1), output_type="pt")
     assert output.predicted_masks is None and output.is_anomalous is None
     score = output.anomaly_scores.item()
     tiny_pipeline.register_to_config(image_threshold=score)
-    assert not tiny_pipeline(pictures(1)).is_anomalous[0]
+    assert not tiny_pipeline(make_images(1)).is_anomalous[0]
     tiny_pipeline.register_to_config(image_threshold=score - 1e-6)
-    assert tiny_pipeline(pictures(1)).is_anomalous[0]
+    assert tiny_pipeline(make_images(1)).is_anomalous[0]
 
 
 def test_scores_do_not_depend_on_batch_size_or_order(tiny_pipeline: DiffusionADPipeline) -> None:
-    images = pictures(23)
+    images = make_images(23)
     whole = tiny_pipeline(images, batch_size=23, output_type="pt")
     for batch_size in (1, 4):
         other = tiny_pipeline(images, batch_size=batch_size, output_type="pt")
@@ -59,20 +59,20 @@ def test_scores_do_not_depend_on_batch_size_or_order(tiny_pipeline: DiffusionADP
 
 
 def test_the_seed_in_the_config_makes_the_noise(tiny_pipeline: DiffusionADPipeline) -> None:
-    first = tiny_pipeline(pictures(1), output_type="pt").anomaly_maps
-    assert torch.equal(first, tiny_pipeline(pictures(1), output_type="pt").anomaly_maps)
+    first = tiny_pipeline(make_images(1), output_type="pt").anomaly_maps
+    assert torch.equal(first, tiny_pipeline(make_images(1), output_type="pt").anomaly_maps)
     fixed = torch.randn(1, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    explicit = tiny_pipeline(pictures(1), noise=fixed.transpose(0, 1), output_type="pt").anomaly_maps
+    explicit = tiny_pipeline(make_images(1), noise=fixed.transpose(0, 1), output_type="pt").anomaly_maps
     assert torch.equal(first, explicit)
     tiny_pipeline.register_to_config(noise_seed=1)
-    assert not torch.equal(first, tiny_pipeline(pictures(1), output_type="pt").anomaly_maps)
+    assert not torch.equal(first, tiny_pipeline(make_images(1), output_type="pt").anomaly_maps)
 
 
 def test_generators(tiny_pipeline: DiffusionADPipeline) -> None:
     def seeded(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    images = pictures(3)
+    images = make_images(3)
     one_by_one = tiny_pipeline(images, generator=seeded(1, 2, 3), batch_size=1, output_type="pt").anomaly_maps
     assert torch.equal(one_by_one[2:], tiny_pipeline(images[2], generator=seeded(3), output_type="pt").anomaly_maps)
     shared = [
@@ -83,18 +83,18 @@ def test_generators(tiny_pipeline: DiffusionADPipeline) -> None:
 
 def test_noise_samples_are_averaged(tiny_pipeline: DiffusionADPipeline) -> None:
     noise = torch.randn(3, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    singles = [tiny_pipeline(pictures(1), noise=n[:, None], output_type="pt") for n in noise]
-    mean = tiny_pipeline(pictures(1), num_noise_samples=3, output_type="pt")
+    singles = [tiny_pipeline(make_images(1), noise=n[:, None], output_type="pt") for n in noise]
+    mean = tiny_pipeline(make_images(1), num_noise_samples=3, output_type="pt")
     maps = torch.stack([single.anomaly_maps for single in singles]).mean(0)
     torch.testing.assert_close(mean.anomaly_maps, maps, rtol=0, atol=1e-6)
     torch.testing.assert_close(mean.anomaly_scores, maps.flatten(1).topk(50).values.mean(1), rtol=0, atol=1e-6)
 
 
 def test_score_top_k(tiny_pipeline: DiffusionADPipeline) -> None:
-    maps = tiny_pipeline(pictures(1), output_type="pt").anomaly_maps.flatten()
+    maps = tiny_pipeline(make_images(1), output_type="pt").anomaly_maps.flatten()
     for top_k, pixels in ((50, 50), (1, 1), (0.25, 256), (10**6, 1024), (1e-9, 1)):
         tiny_pipeline.register_to_config(score_top_k=top_k)
-        score = tiny_pipeline(pictures(1), output_type="pt").anomaly_scores
+        score = tiny_pipeline(make_images(1), output_type="pt").anomaly_scores
         assert score.item() == pytest.approx(maps.topk(pixels).values.mean().item(), abs=1e-6)
 
 
@@ -102,7 +102,7 @@ def test_every_input_gets_its_own_size_back(tiny_pipeline: DiffusionADPipeline) 
     tiny_pipeline.register_to_config(pixel_threshold=0.5)
     turned = Image.fromarray(np.zeros((20, 40, 3), dtype=np.uint8))
     turned.getexif()[0x0112] = 6  # EXIF: to be turned by a quarter
-    output = tiny_pipeline([pictures(1)[0].resize((48, 64)), turned], output_type="pt")
+    output = tiny_pipeline([make_images(1)[0].resize((48, 64)), turned], output_type="pt")
     assert [tuple(m.shape) for m in output.anomaly_maps] == [(1, 64, 48), (1, 40, 20)]
     assert [tuple(m.shape) for m in output.predicted_masks] == [(1, 64, 48), (1, 40, 20)]
     assert [tuple(r.shape) for r in output.reconstructions] == [(3, 64, 48), (3, 40, 20)]
@@ -113,20 +113,20 @@ def test_every_input_gets_its_own_size_back(tiny_pipeline: DiffusionADPipeline) 
 def test_sizes_that_do_not_fit_are_rounded_and_said(tiny_pipeline: DiffusionADPipeline, caplog) -> None:
     logging.enable_propagation()
     try:
-        output = tiny_pipeline(pictures(1), height=70, width=64, output_type="pt")
+        output = tiny_pipeline(make_images(1), height=70, width=64, output_type="pt")
     finally:
         logging.disable_propagation()
     assert "height=70 is not a multiple of 32" in caplog.text and "using 64" in caplog.text
     assert output.anomaly_maps.shape[-2:] == (32, 32)
-    exact = tiny_pipeline(pictures(1), height=64, width=64, output_type="pt")
+    exact = tiny_pipeline(make_images(1), height=64, width=64, output_type="pt")
     assert torch.equal(output.anomaly_scores, exact.anomaly_scores)
 
 
 def test_scales_and_guidance_are_used(tiny_pipeline: DiffusionADPipeline) -> None:
-    default = tiny_pipeline(pictures(1), output_type="pt").reconstructions
+    default = tiny_pipeline(make_images(1), output_type="pt").reconstructions
     config = tiny_pipeline.scheduler.config
     same = tiny_pipeline(
-        pictures(1),
+        make_images(1),
         small_timestep=config.small_timestep,
         large_timestep=config.large_timestep,
         guidance_scale=config.guidance_scale,
@@ -134,7 +134,9 @@ def test_scales_and_guidance_are_used(tiny_pipeline: DiffusionADPipeline) -> Non
     ).reconstructions
     assert torch.equal(default, same)
     for change in ({"small_timestep": 50}, {"large_timestep": 900}, {"guidance_scale": 0.0}, {"small_timestep": 0}):
-        assert not torch.equal(default, tiny_pipeline(pictures(1), output_type="pt", **change).reconstructions), change
+        assert not torch.equal(default, tiny_pipeline(make_images(1), output_type="pt", **change).reconstructions), (
+            change
+        )
 
 
 @pytest.mark.parametrize(
@@ -167,11 +169,11 @@ def test_scales_and_guidance_are_used(tiny_pipeline: DiffusionADPipeline) -> Non
 )
 def test_bad_arguments(tiny_pipeline: DiffusionADPipeline, arguments: dict, cause: str) -> None:
     with pytest.raises(ValueError, match=cause):
-        tiny_pipeline(pictures(1), **arguments)
+        tiny_pipeline(make_images(1), **arguments)
 
 
 @pytest.mark.parametrize(
-    "picture, cause",
+    "image, cause",
     [
         ([], "at least one|no picture|empty"),
         (np.full((32, 32, 3), np.nan), "NaN|finite"),
@@ -180,9 +182,9 @@ def test_bad_arguments(tiny_pipeline: DiffusionADPipeline, arguments: dict, caus
         ([np.zeros((32, 32, 3)), np.full((32, 32, 3), 7.0)], "picture 1"),
     ],
 )
-def test_bad_pictures(tiny_pipeline: DiffusionADPipeline, picture, cause: str) -> None:
+def test_bad_pictures(tiny_pipeline: DiffusionADPipeline, image, cause: str) -> None:
     with pytest.raises((ValueError, TypeError), match=cause):
-        tiny_pipeline(picture)
+        tiny_pipeline(image)
 
 
 def test_broken_weights_do_not_call_a_picture_good(tiny_pipeline: DiffusionADPipeline) -> None:
@@ -190,10 +192,10 @@ def test_broken_weights_do_not_call_a_picture_good(tiny_pipeline: DiffusionADPip
     for broken in (torch.nan, -torch.inf):  # a float16 that overflows is infinite
         with torch.no_grad():
             tiny_pipeline.segmentation.conv_out.bias.fill_(broken)
-        for picture in pictures(1)[0], pictures(1, 80)[0]:
+        for image in make_images(1)[0], make_images(1, 80)[0]:
             tiny_pipeline.enable_tiling(64)  # one picture resized, one in tiles
             with pytest.raises(ValueError, match="the networks gave NaN for picture 0: their weights"):
-                tiny_pipeline(picture)
+                tiny_pipeline(image)
 
 
 def test_bad_configuration(tiny_pipeline: DiffusionADPipeline) -> None:
@@ -221,7 +223,7 @@ def test_bad_configuration(tiny_pipeline: DiffusionADPipeline) -> None:
 
 
 def test_two_threads_share_a_pipeline(tiny_pipeline: DiffusionADPipeline) -> None:
-    images = pictures(2)
+    images = make_images(2)
     scales = ((10, 900), (200, 400))
     expected = [
         tiny_pipeline(images, small_timestep=s, large_timestep=b, output_type="pt").anomaly_maps for s, b in scales
@@ -244,23 +246,23 @@ def test_two_threads_share_a_pipeline(tiny_pipeline: DiffusionADPipeline) -> Non
 
 
 def test_progress_bar_for_many_pictures(tiny_pipeline: DiffusionADPipeline, capsys) -> None:
-    tiny_pipeline(pictures(1))
+    tiny_pipeline(make_images(1))
     assert "it" not in capsys.readouterr().err
-    tiny_pipeline(pictures(4), batch_size=1)
+    tiny_pipeline(make_images(4), batch_size=1)
     assert "4/4" in capsys.readouterr().err
 
 
 def test_components_are_not_changed_by_a_call(tiny_pipeline: DiffusionADPipeline) -> None:
     before = {k: v.clone() for k, v in tiny_pipeline.segmentation.state_dict().items()}
     config = dict(tiny_pipeline.scheduler.config)
-    tiny_pipeline(pictures(2), small_timestep=10, guidance_scale=3.0)
+    tiny_pipeline(make_images(2), small_timestep=10, guidance_scale=3.0)
     assert all(torch.equal(v, before[k]) for k, v in tiny_pipeline.segmentation.state_dict().items())
     assert dict(tiny_pipeline.scheduler.config) == config
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(tiny_pipeline: DiffusionADPipeline, dtype: torch.dtype) -> None:
-    expected = tiny_pipeline(pictures(2), output_type="pt").anomaly_maps
-    actual = tiny_pipeline.to(dtype)(pictures(2), output_type="pt").anomaly_maps
+    expected = tiny_pipeline(make_images(2), output_type="pt").anomaly_maps
+    actual = tiny_pipeline.to(dtype)(make_images(2), output_type="pt").anomaly_maps
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected, rtol=0, atol=0.05)

@@ -21,7 +21,7 @@ from diffusionad_pipe.training.losses import training_losses
 from tests.helpers.tiny_pipeline import build_tiny_pipeline
 
 RANDOM = np.random.default_rng(0)
-PICTURES = [Image.fromarray(RANDOM.integers(0, 256, (h, w, 4), dtype=np.uint8)) for h, w in ((40, 48), (90, 64))]
+IMAGES = [Image.fromarray(RANDOM.integers(0, 256, (h, w, 4), dtype=np.uint8)) for h, w in ((40, 48), (90, 64))]
 PIXELS = torch.from_numpy(RANDOM.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8))
 MAPS = RANDOM.random((4, 24, 24), dtype=np.float32)
 MASKS = np.stack([np.zeros((24, 24), bool), *(RANDOM.random((3, 24, 24)) > 0.8)])
@@ -101,21 +101,21 @@ def load(folder) -> DiffusionADPipeline:
 def judge(pipe: DiffusionADPipeline) -> dict[str, object]:
     """All that a pipeline and its drawings give."""
     pipe._fixed_noise = None  # it is drawn once
-    whole = pipe(PICTURES, output_type="np")
-    drawn = pipe(PICTURES, output_type="pt", generator=torch.Generator("cpu").manual_seed(7), num_noise_samples=2)
+    whole = pipe(IMAGES, output_type="np")
+    drawn = pipe(IMAGES, output_type="pt", generator=torch.Generator("cpu").manual_seed(7), num_noise_samples=2)
     pipe.enable_tiling(32)
-    tiled = pipe(PICTURES[1], output_type="np", generator=torch.Generator("cpu").manual_seed(7))
-    wallpaper = pipe(PICTURES[1], output_type="pil")
+    tiled = pipe(IMAGES[1], output_type="np", generator=torch.Generator("cpu").manual_seed(7))
+    wallpaper = pipe(IMAGES[1], output_type="pil")
     pipe.disable_tiling()
     pipe.scheduler.set_timesteps()
     processor, anomaly_map, mask = pipe.image_processor, whole.anomaly_maps[0], whole.predicted_masks[0]
     return {
         "whole": whole, "drawn": drawn, "tiled": tiled, "wallpaper": wallpaper,
-        "streamed": [output.anomaly_scores for output in pipe.stream(PICTURES, output_type="np")],
+        "streamed": [output.anomaly_scores for output in pipe.stream(IMAGES, output_type="np")],
         "timesteps": pipe.scheduler.timesteps, "betas": pipe.scheduler.betas,
-        "heat": processor.visualize_anomaly_map(PICTURES[0], anomaly_map, mask),
-        "contours": processor.visualize_mask(PICTURES[0], mask),
-        "panel": processor.panel(PICTURES[0], whole.reconstructions[0], anomaly_map, mask, title="a"),
+        "heat": processor.visualize_anomaly_map(IMAGES[0], anomaly_map, mask),
+        "contours": processor.visualize_mask(IMAGES[0], mask),
+        "panel": processor.panel(IMAGES[0], whole.reconstructions[0], anomaly_map, mask, title="a"),
     }  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def test_results_are_the_same_under(default, pipe, folder, expected):
         stack.enter_context(DEFAULTS[default]())
         found = {"judge": plain(judge(pipe)), "draw": plain(draw()), "measure": plain(measure())}
         found["train"] = plain(train(pipe))
-        loaded = plain(load(folder)(PICTURES, output_type="np"))
+        loaded = plain(load(folder)(IMAGES, output_type="np"))
     for part, values in found.items():
         for name in values:
             assert values[name] == expected[part][name], (part, name)

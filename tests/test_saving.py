@@ -100,8 +100,8 @@ def test_dtype(tiny_pipeline, tiny_segformer, tmp_path, dtype, network):
             kept = network == "unet_2d" and part == "segmentation" and key.startswith("encoder_blocks.0.0.")
             expected = tensor.to(dtype) if tensor.is_floating_point() and not kept else tensor
             assert torch.equal(getattr(loaded, part).state_dict()[key], expected), key
-    picture = torch.rand(1, 3, 32, 32)
-    maps = [pipe(picture, output_type="pt").anomaly_maps for pipe in (tiny_pipeline, loaded)]
+    image = torch.rand(1, 3, 32, 32)
+    maps = [pipe(image, output_type="pt").anomaly_maps for pipe in (tiny_pipeline, loaded)]
     assert maps[1].dtype == torch.float32
     torch.testing.assert_close(*maps, rtol=0, atol=0.1)
 

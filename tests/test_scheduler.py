@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusionad_pipe import NormGuidedOneStepScheduler
 
 
-def pictures_and_noise(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def images_and_noise(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.rand(batch, 3, 8, 8, generator=generator), torch.randn(2 * batch, 3, 8, 8, generator=generator)
 
@@ -19,7 +19,7 @@ def pictures_and_noise(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 def test_noise_schedule_is_diffusers(schedule: str) -> None:
     ours, theirs = NormGuidedOneStepScheduler(beta_schedule=schedule), DDPMScheduler(beta_schedule=schedule)
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-4, atol=1e-6)
-    images, noise = pictures_and_noise()
+    images, noise = images_and_noise()
     timesteps = torch.tensor([3, 700])
     for method in ("add_noise", "get_velocity"):
         expected = getattr(theirs, method)(images, noise[:2], timesteps)
@@ -29,7 +29,7 @@ def test_noise_schedule_is_diffusers(schedule: str) -> None:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_a_perfect_network_returns_the_picture(prediction_type: str) -> None:
     scheduler = NormGuidedOneStepScheduler(prediction_type=prediction_type)
-    images, noise = pictures_and_noise()
+    images, noise = images_and_noise()
     both, timesteps = torch.cat([images, images]), torch.tensor([200, 150, 400, 300])
     noised = scheduler.add_noise(both, noise, timesteps)
     perfect = {
@@ -64,7 +64,7 @@ def test_clipping() -> None:
 
 def test_one_timestep_a_scale_equals_one_a_picture() -> None:
     scheduler = NormGuidedOneStepScheduler()
-    _, noise = pictures_and_noise()
+    _, noise = images_and_noise()
     short = scheduler.step(noise, torch.tensor([200, 400]), noise.flip(0)).prev_sample
     long = scheduler.step(noise, torch.tensor([200, 200, 400, 400]), noise.flip(0)).prev_sample
     assert torch.equal(short, long)
@@ -106,7 +106,7 @@ def test_trained_betas() -> None:
 
 def test_two_threads_do_not_disturb_each_other() -> None:
     scheduler = NormGuidedOneStepScheduler()
-    _, noise = pictures_and_noise()
+    _, noise = images_and_noise()
     pairs = [torch.tensor(pair) for pair in ((10, 20), (200, 400), (500, 999), (0, 1))]
     expected = [scheduler.step(noise, pair, noise.flip(0)).prev_sample for pair in pairs]
     wrong = []

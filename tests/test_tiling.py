@@ -15,7 +15,7 @@ from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.tiling import blend_weights, tile_starts
 
 
-def smooth_picture(height: int, width: int) -> np.ndarray:
+def smooth_image(height: int, width: int) -> np.ndarray:
     """uint8 `[height, width, 3]`, without any edge."""
     coarse = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(1))
     large = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
@@ -45,11 +45,11 @@ def test_weights_are_ramps() -> None:
 
 
 def test_one_tile_is_the_untiled_picture(tiny_pipeline: DiffusionADPipeline) -> None:
-    picture = smooth_picture(32, 32)
-    expected = tiny_pipeline(picture, output_type="np")
+    image = smooth_image(32, 32)
+    expected = tiny_pipeline(image, output_type="np")
     tiny_pipeline.enable_tiling()
     for size in (16, 32):  # not larger than a tile: as without tiling
-        small = smooth_picture(size, 32)
+        small = smooth_image(size, 32)
         tiled = tiny_pipeline([small], output_type="np")
         tiny_pipeline.disable_tiling()
         untiled = tiny_pipeline([small], output_type="np")
@@ -57,7 +57,7 @@ def test_one_tile_is_the_untiled_picture(tiny_pipeline: DiffusionADPipeline) -> 
         np.testing.assert_array_equal(tiled.anomaly_maps, untiled.anomaly_maps)
         assert tiled.anomaly_scores == untiled.anomaly_scores
     tiny_pipeline.disable_tiling()
-    np.testing.assert_array_equal(tiny_pipeline(picture, output_type="np").anomaly_maps, expected.anomaly_maps)
+    np.testing.assert_array_equal(tiny_pipeline(image, output_type="np").anomaly_maps, expected.anomaly_maps)
 
 
 def seam_ratio(anomaly_map: np.ndarray, starts: list[int]) -> float:
@@ -67,14 +67,14 @@ def seam_ratio(anomaly_map: np.ndarray, starts: list[int]) -> float:
 
 
 def test_no_step_at_the_seams(tiny_pipeline: DiffusionADPipeline) -> None:
-    picture = smooth_picture(32, 32 + 24 * 8)
+    image = smooth_image(32, 32 + 24 * 8)
     ratios = {}
     for overlap in (0.0, 0.25, 0.5):
         tiny_pipeline.enable_tiling(32, overlap)
         # Hardly any noise: the maps of these untrained networks would be little else.
-        output = tiny_pipeline(picture, small_timestep=0, large_timestep=1, output_type="np")
+        output = tiny_pipeline(image, small_timestep=0, large_timestep=1, output_type="np")
         anomaly_map = output.anomaly_maps[0, ..., 0]
-        ratios[overlap] = seam_ratio(anomaly_map, tile_starts(picture.shape[1], 32, overlap))
+        ratios[overlap] = seam_ratio(anomaly_map, tile_starts(image.shape[1], 32, overlap))
     # Side by side the tiles show; blended, an edge of a tile is no more of a step than any other column.
     assert ratios[0.0] > 1.5, ratios
     assert ratios[0.25] < 1.15 and ratios[0.5] < 1.15, ratios
@@ -84,21 +84,21 @@ def test_tiles_share_their_noise_where_they_overlap(tiny_pipeline: DiffusionADPi
     """With a UNet that does nothing, the reconstruction shows the noise: it must be one field, repeated."""
     for parameter in tiny_pipeline.unet.conv_out.parameters():
         torch.nn.init.zeros_(parameter)
-    picture = np.full((32, 100, 3), 128, dtype=np.uint8)
+    image = np.full((32, 100, 3), 128, dtype=np.uint8)
     tiny_pipeline.enable_tiling(32, 0.25)
     tiny_pipeline.scheduler.register_to_config(clip_sample=False)
-    rebuilt = tiny_pipeline(picture, output_type="np").reconstructions[0]  # [32, 100, 3]
+    rebuilt = tiny_pipeline(image, output_type="np").reconstructions[0]  # [32, 100, 3]
     tiny_pipeline.disable_tiling()
-    tile = tiny_pipeline(picture[:, :32], output_type="np").reconstructions[0]
+    tile = tiny_pipeline(image[:, :32], output_type="np").reconstructions[0]
     np.testing.assert_allclose(rebuilt, np.tile(tile, (1, 4, 1))[:, :100], rtol=0, atol=1e-5)
 
 
 def test_the_score_is_that_of_the_blended_map(tiny_pipeline: DiffusionADPipeline) -> None:
     tiny_pipeline.enable_tiling(32)
-    picture = smooth_picture(70, 90)
+    image = smooth_image(70, 90)
     for top_k, pixels in ((50, 50), (0.01, round(0.01 * 32 * 32))):
         tiny_pipeline.register_to_config(score_top_k=top_k)
-        output = tiny_pipeline(picture, output_type="pt")
+        output = tiny_pipeline(image, output_type="pt")
         assert output.anomaly_maps.shape == (1, 1, 70, 90)
         expected = output.anomaly_maps.flatten().topk(pixels).values.mean()
         assert output.anomaly_scores.item() == pytest.approx(expected.item(), abs=1e-6)
@@ -107,7 +107,7 @@ def test_the_score_is_that_of_the_blended_map(tiny_pipeline: DiffusionADPipeline
 def test_a_mosaic_scores_as_its_tiles_do_alone(tiny_pipeline: DiffusionADPipeline) -> None:
     """Without overlap even bit by bit: the noise repeats with the tiles, and a share counts the pixels of one tile."""
     tiny_pipeline.register_to_config(score_top_k=0.05)
-    parts = [smooth_picture(96, 128)[top : top + 32, left : left + 32] for top in (0, 64) for left in (0, 32, 96)]
+    parts = [smooth_image(96, 128)[top : top + 32, left : left + 32] for top in (0, 64) for left in (0, 32, 96)]
     alone = tiny_pipeline(parts, batch_size=6, output_type="pt")
     tiny_pipeline.enable_tiling(32, overlap=0)
     mosaic = np.concatenate([np.concatenate(parts[:3], axis=1), np.concatenate(parts[3:], axis=1)])
@@ -129,7 +129,7 @@ def test_networks_see_a_batch_of_tiles_whatever_the_size(tiny_pipeline: Diffusio
     for network in (tiny_pipeline.unet, tiny_pipeline.segmentation):
         network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
     for height, width in ((40, 60), (200, 300)):
-        tiny_pipeline(smooth_picture(height, width), batch_size=4)
+        tiny_pipeline(smooth_image(height, width), batch_size=4)
     assert set(seen[:2]) == {(8, 3, 32, 32), (4, 6, 32, 32)}
     assert {shape[1:] for shape in seen} == {(3, 32, 32), (6, 32, 32)} and max(shape[0] for shape in seen) == 8
 
@@ -193,7 +193,7 @@ pipe(np.zeros((5000, 5000, 3), np.uint8), batch_size=16)
 def test_tiled_outputs_do_not_depend_on_the_batch(tiny_pipeline: DiffusionADPipeline) -> None:
     tiny_pipeline.register_to_config(image_threshold=0.5, pixel_threshold=0.5)
     tiny_pipeline.enable_tiling(32, 0.5)
-    images = [Image.fromarray(smooth_picture(48, 80)), smooth_picture(20, 70), smooth_picture(30, 30)]
+    images = [Image.fromarray(smooth_image(48, 80)), smooth_image(20, 70), smooth_image(30, 30)]
     together = tiny_pipeline(images, batch_size=5, output_type="np")
     assert [m.shape for m in together.anomaly_maps] == [(48, 80, 1), (20, 70, 1), (30, 30, 1)]
     streamed = list(tiny_pipeline.stream(images, batch_size=1, output_type="np"))
@@ -209,7 +209,7 @@ def test_tiled_outputs_do_not_depend_on_the_batch(tiny_pipeline: DiffusionADPipe
 
 def test_kinds_of_pictures_agree(tiny_pipeline: DiffusionADPipeline) -> None:
     tiny_pipeline.enable_tiling(32)
-    array = smooth_picture(40, 60)
+    array = smooth_image(40, 60)
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     expected = tiny_pipeline(array, output_type="np").anomaly_scores
     for other in (Image.fromarray(array), tensor, tensor[None], tensor.float() / 255):

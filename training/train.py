@@ -57,7 +57,7 @@ from diffusionad_pipe.training.run_folder import (
     is_resumed,
     record_trackers,
     require_run_folder,
-    require_same_pictures,
+    require_same_images,
     save_checkpoint,
     save_pipeline,
     start_run,
@@ -192,20 +192,20 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder
     if source := config.pretrained_model_name_or_path or config.distill:
         start_from_pretrained({"unet": unet, "segmentation": segmentation}, source)
     resume_from = start_run(config, accelerator, folder)
-    draws_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     # Mattes of a model are made once; the other processes find them in the folder.
     with accelerator.main_process_first() if config.foreground == "transformers" else nullcontext():
-        dataset, validation, pictures = build_datasets(
+        dataset, validation, images = build_datasets(
             config,
-            config.max_train_steps * draws_per_step,
+            config.max_train_steps * samples_per_step,
             accelerator.device if config.dataloader_num_workers == 0 else torch.device("cpu"),
             folder,
             teacher,
         )
-    good_count = len(pictures["pictures"])
-    held_out_count = sum(row["held_out"] for row in pictures["pictures"])
+    good_count = len(images["pictures"])
+    held_out_count = sum(row["held_out"] for row in images["pictures"])
     if resume_from is not None:
-        require_same_pictures(config, resume_from.parent, pictures)
+        require_same_images(config, resume_from.parent, images)
     if accelerator.is_main_process and not is_resumed(folder, resume_from):
         empty_run(folder)
     logger.info("%d good pictures to train on, %d held out", good_count - held_out_count, held_out_count)
@@ -261,7 +261,7 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder
             )
         progress.processes = accelerator.num_processes
     if accelerator.is_main_process:
-        store_run(config, folder, pictures, progress.step)
+        store_run(config, folder, images, progress.step)
     known_files = tracker_files(folder)
     if config.report_to:
         settings = {name: str(value) for name, value in to_plain(config).items()}
@@ -269,7 +269,7 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder
         accelerator.init_trackers("diffusionad", settings, {"wandb": {"dir": str(output_dir)}})
 
     # The loader brings all pictures of an optimizer step at once.
-    remaining = Subset(dataset, range(progress.step * draws_per_step, len(dataset)))
+    remaining = Subset(dataset, range(progress.step * samples_per_step, len(dataset)))
     loader = accelerator.prepare(
         DataLoader(
             remaining,
@@ -410,11 +410,11 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder
             now = time.perf_counter()
             seconds = (now - since) / (step - since_step)
             since, since_step = now, step
-            speed = draws_per_step / seconds
-            bar.update(0, noise=f"{noise_loss:.4f}", mask=f"{mask_loss:.4f}", pictures_per_second=f"{speed:.1f}")
+            speed = samples_per_step / seconds
+            bar.update(0, noise=f"{noise_loss:.4f}", mask=f"{mask_loss:.4f}", images_per_second=f"{speed:.1f}")
             entry = {"noise_loss": noise_loss, "mask_loss": mask_loss, "gradient_norm": norm.item()}
             entry |= {"learning_rate": lr_scheduler.get_last_lr()[0], "skipped_steps": progress.skipped}
-            log(step, entry | {"seconds_per_step": seconds, "pictures_per_second": speed})
+            log(step, entry | {"seconds_per_step": seconds, "images_per_second": speed})
         paused = time.perf_counter()
         if step % config.validation_steps == 0 or step == config.max_train_steps:
             weights = averaged_weights()
@@ -445,7 +445,7 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder
         write_model_card(
             output_dir,
             to_plain(config),
-            picture_count=good_count,
+            image_count=good_count,
             held_out_count=held_out_count,
             best_step=progress.best_step,
             hours=progress.seconds / 3600,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from .images.colors import COLOUR_SCALE
+from .images.colors import COLOR_SCALE
 from .images.pixels import (
     FULL_SCALE,
     MAX_ASPECT_RATIO,
@@ -27,13 +27,13 @@ from .images.pixels import (
 )
 from .runtime.acceleration import explained_out_of_memory
 
-Picture: TypeAlias = Image.Image | NDArray[Any] | torch.Tensor
-Pictures: TypeAlias = Picture | Sequence[Picture]
+ImageInput: TypeAlias = Image.Image | NDArray[Any] | torch.Tensor
+ImageInputs: TypeAlias = ImageInput | Sequence[ImageInput]
 
 CHANNELS = (1, 3, 4)  # grey, RGB and RGBA
 OUTPUT_TYPES = ("pil", "np", "pt")
 
-CONTOUR_COLOUR = (0, 229, 255)  # not a colour of the scale, and rare on surfaces
+CONTOUR_COLOR = (0, 229, 255)  # not a colour of the scale, and rare on surfaces
 PANEL_SIDES = (256, 512)  # the longest side of a picture in a panel
 PANEL_INK = (32, 32, 32)
 
@@ -58,7 +58,7 @@ class DiffusionADImageProcessor:
         self.min_side = min_side
         self.max_aspect_ratio = max_aspect_ratio
 
-    def preprocess(self, images: Pictures, height: int, width: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    def preprocess(self, images: ImageInputs, height: int, width: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Turn pictures of any kind and size into one batch.
 
         Args:
@@ -80,10 +80,10 @@ class DiffusionADImageProcessor:
         """
         used = f"all pictures of one call at {height} x {width} pixels"
         with explained_out_of_memory(used, "fewer of them, as the pipeline's stream() does, or a smaller size"):
-            pictures, resized, sizes = self.split(images), [], []
-            for index, picture in enumerate(pictures):  # one by one: floats of their own size need the most memory
-                with self.named(index, len(pictures)):
-                    tensor = self._to_tensor(picture)  # [3, h, w]
+            singles, resized, sizes = self.split(images), [], []
+            for index, single in enumerate(singles):  # one by one: floats of their own size need the most memory
+                with self.named(index, len(singles)):
+                    tensor = self._to_tensor(single)  # [3, h, w]
                 resized.append(_resize(tensor, (height, width)))
                 sizes.append(_size(tensor))
             return torch.stack(resized).clamp(0, 1), sizes
@@ -111,24 +111,24 @@ class DiffusionADImageProcessor:
             raise ValueError(f"the tensor must be [B, 1, H, W] or [B, 3, H, W], not {list(tensor.shape)}")
         sizes = [_size(tensor)] * len(tensor) if sizes is None else sizes
         # Clamped first: a cast of -0.1 to uint8 would wrap round to 231.
-        return self.convert([picture.clamp(0, 1) for picture in self.resize_to(tensor, sizes)], output_type)
+        return self.convert([image.clamp(0, 1) for image in self.resize_to(tensor, sizes)], output_type)
 
-    def convert(self, pictures: Sequence[torch.Tensor], output_type: str) -> Any:
+    def convert(self, images: Sequence[torch.Tensor], output_type: str) -> Any:
         """Turn tensors into the caller's kind, as [`postprocess`] does, at the sizes that they have.
 
         Args:
-            pictures: floats in [0, 1], or bools, `[1|3, h, w]` on the CPU.
+            images: floats in [0, 1], or bools, `[1|3, h, w]` on the CPU.
             output_type: `"pil"`, `"np"` or `"pt"`. Bools stay bools, but for `"pil"`, where True is 255.
         """
         if output_type == "pil":
-            return [_to_pil(picture) for picture in pictures]
+            return [_to_pil(image) for image in images]
         if output_type == "np":
-            pictures = [picture.permute(1, 2, 0) for picture in pictures]
-        if len({picture.shape for picture in pictures}) == 1:
-            batch = torch.stack(list(pictures))
+            images = [image.permute(1, 2, 0) for image in images]
+        if len({image.shape for image in images}) == 1:
+            batch = torch.stack(list(images))
             return batch if output_type == "pt" else batch.numpy()
-        each = [picture.contiguous() for picture in pictures]
-        return each if output_type == "pt" else [picture.numpy() for picture in each]
+        each = [image.contiguous() for image in images]
+        return each if output_type == "pt" else [image.numpy() for image in each]
 
     def resize_to(self, tensor: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         """Resize each item of a batch to a size of its own, with antialiasing where it shrinks.
@@ -151,9 +151,9 @@ class DiffusionADImageProcessor:
 
     def visualize_anomaly_map(
         self,
-        image: Picture,
-        anomaly_map: Picture,
-        mask: Picture | None = None,
+        image: ImageInput,
+        anomaly_map: ImageInput,
+        mask: ImageInput | None = None,
         *,
         opacity: float = 0.5,
         vmin: float = 0.0,
@@ -179,12 +179,12 @@ class DiffusionADImageProcessor:
         """
         if not 0 <= opacity <= 1:
             raise ValueError(f"opacity must be in [0, 1], not {opacity}")
-        picture = self._to_tensor(image)  # [3, h, w]
-        level = _read_map(anomaly_map, _size(picture))  # [h, w]
-        drawn = _overlay(picture, level, opacity, vmin, vmax)
-        return _to_pil(drawn if mask is None else _draw_contours(drawn, _read_mask(mask, _size(picture))))
+        pixels = self._to_tensor(image)  # [3, h, w]
+        level = _read_map(anomaly_map, _size(pixels))  # [h, w]
+        drawn = _overlay(pixels, level, opacity, vmin, vmax)
+        return _to_pil(drawn if mask is None else _draw_contours(drawn, _read_mask(mask, _size(pixels))))
 
-    def visualize_mask(self, image: Picture, mask: Picture) -> Image.Image:
+    def visualize_mask(self, image: ImageInput, mask: ImageInput) -> Image.Image:
         """Draw the contours of a mask on its picture.
 
         Args:
@@ -198,15 +198,15 @@ class DiffusionADImageProcessor:
             TypeError: for something that is not a picture.
             ValueError: if the sizes disagree.
         """
-        picture = self._to_tensor(image)  # [3, h, w]
-        return _to_pil(_draw_contours(picture, _read_mask(mask, _size(picture))))
+        pixels = self._to_tensor(image)  # [3, h, w]
+        return _to_pil(_draw_contours(pixels, _read_mask(mask, _size(pixels))))
 
     def panel(
         self,
-        image: Picture,
-        reconstruction: Picture,
-        anomaly_map: Picture,
-        mask: Picture | None = None,
+        image: ImageInput,
+        reconstruction: ImageInput,
+        anomaly_map: ImageInput,
+        mask: ImageInput | None = None,
         *,
         title: str | None = None,
         vmin: float = 0.0,
@@ -230,16 +230,16 @@ class DiffusionADImageProcessor:
             TypeError: for something that is not a picture.
             ValueError: as for [`visualize_anomaly_map`].
         """
-        picture = self._to_tensor(image)  # [3, h, w]
-        level = _read_map(anomaly_map, _size(picture))  # [h, w]
-        scale = min(max(max(_size(picture)), PANEL_SIDES[0]), PANEL_SIDES[1]) / max(_size(picture))
-        height, width = size = round(picture.shape[1] * scale), round(picture.shape[2] * scale)
-        shown = _resize(picture, size)
+        pixels = self._to_tensor(image)  # [3, h, w]
+        level = _read_map(anomaly_map, _size(pixels))  # [h, w]
+        scale = min(max(max(_size(pixels)), PANEL_SIDES[0]), PANEL_SIDES[1]) / max(_size(pixels))
+        height, width = size = round(pixels.shape[1] * scale), round(pixels.shape[2] * scale)
+        shown = _resize(pixels, size)
         # Stronger colours than by default: the bare picture stands beside them.
         drawn = _overlay(shown, _resize(level[None], size)[0], 0.75, vmin, vmax)
         if mask is not None:
             # A maximum, so that a small region does not vanish when the picture is shrunk.
-            region = F.adaptive_max_pool2d(_read_mask(mask, _size(picture)).float()[None], size)[0].bool()
+            region = F.adaptive_max_pool2d(_read_mask(mask, _size(pixels)).float()[None], size)[0].bool()
             drawn = _draw_contours(drawn, region)
         rebuilt = _resize(self._to_tensor(reconstruction), size)
         columns = {"picture": shown, "reconstruction": rebuilt, "anomaly map": drawn}
@@ -265,7 +265,7 @@ class DiffusionADImageProcessor:
             left = margin + index * (column + gap)
             draw.text((left + column / 2, top - gap), caption, PANEL_INK, font, anchor="md")
             canvas.paste(_to_pil(tensor), (left + (column - width) // 2, top + (row - height) // 2))
-        bar = _colourize(
+        bar = _colorize(
             torch.linspace(1, 0, row, dtype=torch.float32, device="cpu")[:, None].expand(row, text_size)
         )  # [3, row, text_size]
         canvas.paste(_to_pil(bar), (right, top))
@@ -273,26 +273,26 @@ class DiffusionADImageProcessor:
             draw.text((right + text_size + gap, y), end, PANEL_INK, font, anchor=anchor)
         return canvas
 
-    def split(self, images: Pictures) -> list[Picture]:
+    def split(self, images: ImageInputs) -> list[ImageInput]:
         """The single pictures of what [`preprocess`] takes.
 
         Raises:
             ValueError: if there are none.
         """
         items: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
-        pictures: list[Picture] = []
+        singles: list[ImageInput] = []
         for item in items:
             batched = isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 4
-            pictures.extend(item if batched else [item])
-        if not pictures:
+            singles.extend(item if batched else [item])
+        if not singles:
             raise ValueError("there are no pictures; give at least one")
-        return pictures
+        return singles
 
-    def decode(self, picture: Picture, max_aspect_ratio: float | None = None) -> NDArray[Any] | torch.Tensor:
+    def decode(self, image: ImageInput, max_aspect_ratio: float | None = None) -> NDArray[Any] | torch.Tensor:
         """Decode, orient and check one picture.
 
         Args:
-            picture: as for [`preprocess`].
+            image: as for [`preprocess`].
             max_aspect_ratio: in place of the processor's; infinity where the picture is cut into tiles.
 
         Returns:
@@ -303,10 +303,10 @@ class DiffusionADImageProcessor:
             ValueError: for a picture whose shape, size or values cannot be used.
         """
         ratio = self.max_aspect_ratio if max_aspect_ratio is None else max_aspect_ratio
-        if isinstance(picture, Image.Image):
-            decoded = read_pil(picture, min_side=self.min_side, max_aspect_ratio=ratio)
+        if isinstance(image, Image.Image):
+            decoded = read_pil(image, min_side=self.min_side, max_aspect_ratio=ratio)
             return decoded[..., None] if decoded.ndim == 2 else decoded
-        array = _check_type(picture)
+        array = _check_type(image)
         if array.ndim == 2:
             array = array[..., None] if isinstance(array, np.ndarray) else array[None]
         _check_layout(array)
@@ -351,17 +351,17 @@ class DiffusionADImageProcessor:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"picture {index}: {error}") from error
 
-    def _to_tensor(self, picture: Picture) -> torch.Tensor:
+    def _to_tensor(self, image: ImageInput) -> torch.Tensor:
         """Turn one picture into float32 RGB `[3, h, w]` in [0, 1] on the CPU."""
-        return self.to_rgb(self.decode(picture))
+        return self.to_rgb(self.decode(image))
 
 
-def _check_type(picture: Any) -> NDArray[Any] | torch.Tensor:
-    if isinstance(picture, np.ndarray | torch.Tensor):
-        return picture
-    if isinstance(picture, str | PathLike):
-        raise TypeError(f"{str(picture)!r} is a path; open it with diffusionad_pipe.open_image(path) first")
-    kind = type(picture).__name__
+def _check_type(image: Any) -> NDArray[Any] | torch.Tensor:
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return image
+    if isinstance(image, str | PathLike):
+        raise TypeError(f"{str(image)!r} is a path; open it with diffusionad_pipe.open_image(path) first")
+    kind = type(image).__name__
     raise TypeError(f"a picture must be a PIL image, a NumPy array or a torch tensor, not {kind}")
 
 
@@ -397,7 +397,7 @@ def _to_unit_range(array: NDArray[Any] | torch.Tensor) -> torch.Tensor:
     return values.clamp(0, 1)
 
 
-def _read_plane(values: Picture, name: str, size: tuple[int, int]) -> NDArray[Any] | torch.Tensor:
+def _read_plane(values: ImageInput, name: str, size: tuple[int, int]) -> NDArray[Any] | torch.Tensor:
     # Palette masks are read as indices: their colours say nothing.
     array = _check_type(np.asarray(values) if isinstance(values, Image.Image) else values)
     shape = tuple(array.shape)
@@ -406,7 +406,7 @@ def _read_plane(values: Picture, name: str, size: tuple[int, int]) -> NDArray[An
     return array.reshape(size)
 
 
-def _read_map(anomaly_map: Picture, size: tuple[int, int]) -> torch.Tensor:
+def _read_map(anomaly_map: ImageInput, size: tuple[int, int]) -> torch.Tensor:
     """Turn a map into float32 `[h, w]` in [0, 1] on the CPU."""
     plane = _read_plane(anomaly_map, "anomaly map", size)
     try:
@@ -416,51 +416,51 @@ def _read_map(anomaly_map: Picture, size: tuple[int, int]) -> torch.Tensor:
         raise ValueError(f"anomaly map: {error}") from error
 
 
-def _read_mask(mask: Picture, size: tuple[int, int]) -> torch.Tensor:
+def _read_mask(mask: ImageInput, size: tuple[int, int]) -> torch.Tensor:
     """Turn a mask into bool `[h, w]` on the CPU."""
     marked = _read_plane(mask, "mask", size) != 0
     return torch.from_numpy(marked) if isinstance(marked, np.ndarray) else marked.cpu()
 
 
-def _size(picture: torch.Tensor) -> tuple[int, int]:
-    return picture.shape[-2], picture.shape[-1]
+def _size(image: torch.Tensor) -> tuple[int, int]:
+    return image.shape[-2], image.shape[-1]
 
 
-def _resize(picture: torch.Tensor, size: tuple[int, int], antialias: bool = True) -> torch.Tensor:
-    if _size(picture) == tuple(size):
-        return picture
+def _resize(image: torch.Tensor, size: tuple[int, int], antialias: bool = True) -> torch.Tensor:
+    if _size(image) == tuple(size):
+        return image
     # Planes as a batch of their own: three channels of one picture take twice as long.
-    return F.interpolate(picture[:, None], size=size, mode="bilinear", antialias=antialias)[:, 0]
+    return F.interpolate(image[:, None], size=size, mode="bilinear", antialias=antialias)[:, 0]
 
 
-def _to_pil(picture: torch.Tensor) -> Image.Image:
+def _to_pil(image: torch.Tensor) -> Image.Image:
     """Turn `[1|3, h, w]` in [0, 1] into a PIL image, to the nearest of 256 values."""
-    pixels = picture.mul(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    pixels = image.mul(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def _colourize(level: torch.Tensor) -> torch.Tensor:
+def _colorize(level: torch.Tensor) -> torch.Tensor:
     """Look `[h, w]` in [0, 1] up in the colour scale: RGB `[3, h, w]` in [0, 1]."""
-    colours = torch.frombuffer(bytearray.fromhex(COLOUR_SCALE), dtype=torch.uint8).view(-1, 3).float().div(255)
-    position = level * (len(colours) - 1)
-    below = position.long().clamp(max=len(colours) - 2)
-    return torch.lerp(colours[below], colours[below + 1], (position - below)[..., None]).permute(2, 0, 1)
+    colors = torch.frombuffer(bytearray.fromhex(COLOR_SCALE), dtype=torch.uint8).view(-1, 3).float().div(255)
+    position = level * (len(colors) - 1)
+    below = position.long().clamp(max=len(colors) - 2)
+    return torch.lerp(colors[below], colors[below + 1], (position - below)[..., None]).permute(2, 0, 1)
 
 
-def _overlay(picture: torch.Tensor, level: torch.Tensor, opacity: float, vmin: float, vmax: float) -> torch.Tensor:
+def _overlay(image: torch.Tensor, level: torch.Tensor, opacity: float, vmin: float, vmax: float) -> torch.Tensor:
     """Blend a map `[h, w]` over RGB `[3, h, w]`, the more the higher its value."""
     if not vmin < vmax:
         raise ValueError(f"vmin must be below vmax, not {vmin} and {vmax}")
     level = (level - vmin).div(vmax - vmin).clamp(0, 1)
     weight = opacity * level
-    return picture * (1 - weight) + _colourize(level) * weight
+    return image * (1 - weight) + _colorize(level) * weight
 
 
-def _draw_contours(picture: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
+def _draw_contours(image: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
     """Draw the inner border of regions, bool `[h, w]`, on RGB `[3, h, w]`, 1 to 3 pixels wide."""
-    width = min(3, 1 + min(_size(picture)) // 384)
+    width = min(3, 1 + min(_size(image)) // 384)
     # Eroded as if all beyond the picture were normal, so that a region at its edge is closed there.
     outside = F.pad((~region).float()[None], [width] * 4, value=1.0)
     border = region & F.max_pool2d(outside, 2 * width + 1, stride=1)[0].bool()
-    colour = torch.tensor(CONTOUR_COLOUR, dtype=torch.float32, device="cpu").div(255)[:, None, None]
-    return torch.where(border, colour, picture)
+    color = torch.tensor(CONTOUR_COLOR, dtype=torch.float32, device="cpu").div(255)[:, None, None]
+    return torch.where(border, color, image)

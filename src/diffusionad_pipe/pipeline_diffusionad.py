@@ -9,8 +9,6 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, DiffusionPipeline
@@ -18,7 +16,7 @@ from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from .image_processor import DiffusionADImageProcessor
+from .image_processor import DiffusionADImageProcessor, ImageInput
 from .loading import COMPONENTS, WeightsFileError, check_pipeline_folder, download_pipeline
 from .runtime.acceleration import compile_networks, explained_out_of_memory, fastest_dtype
 from .runtime.config_values import is_finite, is_whole
@@ -31,7 +29,6 @@ from .unet_2d_segmentation import SegmentationUNet2DModel
 
 logger = logging.get_logger(__name__)
 
-Image = PIL.Image.Image | np.ndarray | torch.Tensor
 # (pipeline, number of the noise, timesteps [2B], tensors of the step)
 StepCallback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], object]
 
@@ -134,7 +131,7 @@ class DiffusionADPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: Image | list[Image],
+        image: ImageInput | list[ImageInput],
         *,
         height: int | None = None,
         width: int | None = None,
@@ -211,9 +208,9 @@ class DiffusionADPipeline(DiffusionPipeline):
         width = self.round_size(self.config.image_size if width is None else width, "width")
 
         # 1. Pictures of any kind and size become one tensor.
-        pictures, sizes = self.image_processor.preprocess(image, height, width)  # [N, 3, H, W] in [0, 1]
+        images, sizes = self.image_processor.preprocess(image, height, width)  # [N, 3, H, W] in [0, 1]
         self.check_inputs(
-            pictures, small_timestep, large_timestep, num_noise_samples, noise, generator, batch_size, output_type
+            images, small_timestep, large_timestep, num_noise_samples, noise, generator, batch_size, output_type
         )
 
         # 2. Noise [K, 2, N, 3, H, W]. The fixed noise is shared by all pictures. A generator draws picture by picture,
@@ -225,22 +222,22 @@ class DiffusionADPipeline(DiffusionPipeline):
                 noises = noise[None]
             elif generator is None:
                 fixed = self.fixed_noise(num_noise_samples, height, width)  # [K, 2, 1, 3, H, W]
-                noises = fixed.expand(-1, -1, len(pictures), -1, -1, -1)
+                noises = fixed.expand(-1, -1, len(images), -1, -1, -1)
             else:
-                generators = generator if isinstance(generator, list) else [generator] * len(pictures)
+                generators = generator if isinstance(generator, list) else [generator] * len(images)
                 noise_shape = (num_noise_samples, 2, 3, height, width)
                 drawn = [randn_tensor(noise_shape, generator=g, device=device, dtype=torch.float32) for g in generators]
                 noises = torch.stack(drawn, dim=2)
 
         # 3. Reconstruct the pictures and compare, batch by batch.
         timesteps = torch.tensor([small_timestep, large_timestep], dtype=torch.int64, device=device)
-        maps, reconstructions = torch.empty_like(pictures[:, :1]), torch.empty_like(pictures)
-        starts = range(0, len(pictures), batch_size)
+        maps, reconstructions = torch.empty_like(images[:, :1]), torch.empty_like(images)
+        starts = range(0, len(images), batch_size)
         used = f"batch_size={batch_size} at {height} x {width} pixels"
         for start in starts if len(starts) == 1 else self.progress_bar(starts):
             items = slice(start, start + batch_size)
             with torch.inference_mode(), explained_out_of_memory(used, "a smaller batch_size"):
-                batch = pictures[items].to(device)
+                batch = images[items].to(device)
                 detected = self.detect(batch, noises[:, :, items], timesteps, guidance_scale, callback_on_step_end)
                 maps[items], reconstructions[items] = detected
         self.maybe_free_model_hooks()
@@ -250,7 +247,7 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     def detect(
         self,
-        pictures: torch.Tensor,
+        images: torch.Tensor,
         noises: torch.Tensor,
         timesteps: torch.Tensor,
         guidance_scale: float | None = None,
@@ -259,7 +256,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         """The method itself, on tensors of the networks' size: what `__call__`, tiles and an exported graph share.
 
         Args:
-            pictures: `[B, 3, H, W]` in [0, 1].
+            images: `[B, 3, H, W]` in [0, 1].
             noises: `[K, 2, B, 3, H, W]`, small scale first; map and reconstruction are the mean over the K.
             timesteps: `[2]`, (t_s, t_b). A distilled network sees the first alone, and its noise.
             guidance_scale: w; None takes the scheduler's.
@@ -270,15 +267,15 @@ class DiffusionADPipeline(DiffusionPipeline):
         """
         scales = self.scheduler.num_scales
         # [2B], so written that B stays free in an exported graph: len() or repeat_interleave would fix it there.
-        both_timesteps = timesteps[:scales, None].expand(-1, pictures.shape[0]).flatten()
-        maps, reconstructions = torch.zeros_like(pictures[:, :1]), torch.zeros_like(pictures)
+        both_timesteps = timesteps[:scales, None].expand(-1, images.shape[0]).flatten()
+        maps, reconstructions = torch.zeros_like(images[:, :1]), torch.zeros_like(images)
         for index, noise in enumerate(noises):
             # 1. Noise the pictures at both scales: [2B, 3, H, W], small scale first. (B for 2B when distilled.)
-            both_noises = noise[:scales].to(pictures.device, pictures.dtype).flatten(0, 1)
-            noised = self.scheduler.add_noise(torch.cat([pictures] * scales), both_noises, both_timesteps)
+            both_noises = noise[:scales].to(images.device, images.dtype).flatten(0, 1)
+            noised = self.scheduler.add_noise(torch.cat([images] * scales), both_noises, both_timesteps)
 
             # 2. One call of the UNet for both, and norm guidance. Only the networks run in their own dtype.
-            model_output = self.unet(noised.to(self.unet.dtype), both_timesteps).sample.to(pictures.dtype)
+            model_output = self.unet(noised.to(self.unet.dtype), both_timesteps).sample.to(images.dtype)
             step = self.scheduler.step(model_output, both_timesteps, noised, guidance_scale)
             guided = step.prev_sample
             # Before the next network runs: CUDA graphs give their outputs' memory to it.
@@ -287,11 +284,11 @@ class DiffusionADPipeline(DiffusionPipeline):
                 callback_on_step_end(self, index, both_timesteps, dict(step))
 
             # 3. Compare the pictures with their reconstructions.
-            pairs = torch.cat([pictures, guided], dim=1)  # [B, 6, H, W]
+            pairs = torch.cat([images, guided], dim=1)  # [B, 6, H, W]
             pairs = pairs.to(getattr(self.segmentation, "input_dtype", self.segmentation.dtype))
-            logits = self.segmentation(pairs).logits.to(pictures.dtype)
-            if logits.shape[-2:] != pictures.shape[-2:]:  # a SegFormer answers at a quarter of the size
-                logits = F.interpolate(logits, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
+            logits = self.segmentation(pairs).logits.to(images.dtype)
+            if logits.shape[-2:] != images.shape[-2:]:  # a SegFormer answers at a quarter of the size
+                logits = F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
             # An infinite logit is an overflow, no certainty: as NaN it is refused, and not taken for a good pixel.
             maps = maps + torch.where(logits.isfinite(), logits.sigmoid(), torch.nan) / len(noises)
         return maps, reconstructions.clamp(0, 1)
@@ -361,7 +358,7 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     def stream(
         self,
-        images: Iterable[Image],
+        images: Iterable[ImageInput],
         *,
         batch_size: int | None = None,
         output_type: str = "pil",
@@ -399,7 +396,12 @@ class DiffusionADPipeline(DiffusionPipeline):
         return self._stream(images, batch_size, output_type, {**arguments, "batch_size": batch_size}, overlapped)
 
     def _stream(
-        self, images: Iterable[Image], batch_size: int, output_type: str, arguments: dict[str, Any], overlapped: bool
+        self,
+        images: Iterable[ImageInput],
+        batch_size: int,
+        output_type: str,
+        arguments: dict[str, Any],
+        overlapped: bool,
     ) -> Iterator[DiffusionADPipelineOutput]:
         ahead: Callable[[Iterable[Any]], Iterator[Any]] = prefetched if overlapped else iter
         # CUDA graphs belong to the thread that recorded them; another would record them again.
@@ -419,8 +421,8 @@ class DiffusionADPipeline(DiffusionPipeline):
                 yield prepared
 
         def detect() -> Iterator[tuple[Any, list[tuple[int, int]]]]:
-            for pictures, sizes in ahead(preprocess()):
-                yield self(pictures, height=height, width=width, output_type="pt", **arguments), sizes
+            for tensors, sizes in ahead(preprocess()):
+                yield self(tensors, height=height, width=width, output_type="pt", **arguments), sizes
 
         for output, sizes in detect_ahead(detect()):
             for index, size in enumerate(sizes):
@@ -479,7 +481,7 @@ class DiffusionADPipeline(DiffusionPipeline):
 
     def check_inputs(
         self,
-        pictures: torch.Tensor,
+        images: torch.Tensor,
         small_timestep: int,
         large_timestep: int,
         num_noise_samples: int,
@@ -502,7 +504,7 @@ class DiffusionADPipeline(DiffusionPipeline):
             raise ValueError(f"num_noise_samples={num_noise_samples} and batch_size={batch_size} must be at least 1")
         if noise is not None and not isinstance(noise, torch.Tensor):
             raise ValueError(f"noise must be a tensor, not {type(noise).__name__}: use torch.as_tensor(noise)")
-        expected = (2, *pictures.shape)
+        expected = (2, *images.shape)
         if noise is not None and (tuple(noise.shape) != expected or num_noise_samples != 1 or generator is not None):
             raise ValueError(
                 f"noise must be {list(expected)} ([2, B, 3, height, width], small scale first), not "
@@ -511,9 +513,9 @@ class DiffusionADPipeline(DiffusionPipeline):
         for one in generator if isinstance(generator, list) else [generator]:
             if not isinstance(one, torch.Generator) and generator is not None:
                 raise ValueError(f"generator={one!r} is none: use torch.Generator().manual_seed(0), or a list of them")
-        if isinstance(generator, list) and len(generator) != len(pictures):
+        if isinstance(generator, list) and len(generator) != len(images):
             raise ValueError(
-                f"{len(generator)} generators for {len(pictures)} pictures: give one for each, or one for all"
+                f"{len(generator)} generators for {len(images)} pictures: give one for each, or one for all"
             )
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")

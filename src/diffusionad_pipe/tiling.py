@@ -115,23 +115,23 @@ def call_in_tiles(
         "output_type": output_type,
     }
     timesteps = {name: scales[name] for name in ("small_timestep", "large_timestep")}
-    pictures = pipe.image_processor.split(image)
-    tiles = torch.empty(len(pictures), 3, tiling.tile_size, tiling.tile_size, device="meta")
+    singles = pipe.image_processor.split(image)
+    tiles = torch.empty(len(singles), 3, tiling.tile_size, tiling.tile_size, device="meta")
     pipe.check_inputs(tiles, noise=None, generator=generator, **timesteps, **arguments)
 
     untiled = copy(pipe)  # it shares the networks, and other threads may use the original meanwhile
     untiled.disable_tiling()
     outputs = []
-    for index, picture in enumerate(pictures):
+    for index, single in enumerate(singles):
         own = generator[index] if isinstance(generator, list) else generator
-        with pipe.image_processor.named(index, len(pictures)):
-            array = pipe.image_processor.decode(picture, max_aspect_ratio=inf)
+        with pipe.image_processor.named(index, len(singles)):
+            array = pipe.image_processor.decode(single, max_aspect_ratio=inf)
         size = pipe.image_processor.size(array)
         working = (size[0] if height is None else height, size[1] if width is None else width)
         is_strip = max(size) > pipe.image_processor.max_aspect_ratio * min(size)  # which must not become a square
         if max(working) <= tiling.tile_size and not is_strip:
-            with pipe.image_processor.named(index, len(pictures)):
-                outputs.append(untiled(picture, height=height, width=width, generator=own, **scales, **arguments))
+            with pipe.image_processor.named(index, len(singles)):
+                outputs.append(untiled(single, height=height, width=width, generator=own, **scales, **arguments))
             continue
         # A side shorter than a tile must still be one that the networks can take; the others stay as they are.
         sides = [side if side > tiling.tile_size else pipe.round_size(side, "side") for side in working]
@@ -141,7 +141,7 @@ def call_in_tiles(
             f"picture of {size[0]} x {size[1]} pixels"
         )
         advice = "a smaller batch_size, fewer noise samples, a smaller tile_size in enable_tiling, or height and width"
-        with pipe.image_processor.named(index, len(pictures)), explained_out_of_memory(used, advice):
+        with pipe.image_processor.named(index, len(singles)), explained_out_of_memory(used, advice):
             if sides != list(size):
                 pixels = pipe.image_processor.to_rgb(array)[None]  # [1, 3, h, w]
                 array = pipe.image_processor.resize_to(pixels, [(sides[0], sides[1])])[0].clamp(0, 1)
@@ -153,7 +153,7 @@ def call_in_tiles(
 
 def blend_tiles(
     pipe: "DiffusionADPipeline",
-    picture: NDArray[Any] | torch.Tensor,
+    image: NDArray[Any] | torch.Tensor,
     tiling: Tiling,
     num_noise_samples: int,
     generator: torch.Generator | None,
@@ -166,10 +166,10 @@ def blend_tiles(
     """Map `[1, 1, H, W]` and reconstruction `[1, 3, H, W]` of one picture, on the CPU.
 
     Args:
-        picture: `[H, W, C]` or `[C, H, W]` as the image processor decoded it; only tiles of it become floats.
+        image: `[H, W, C]` or `[C, H, W]` as the image processor decoded it; only tiles of it become floats.
     """
     processor = pipe.image_processor
-    height, width = processor.size(picture)
+    height, width = processor.size(image)
     tile_height, tile_width = min(height, tiling.tile_size), min(width, tiling.tile_size)
     rows, columns = tile_starts(height, tile_height, tiling.overlap), tile_starts(width, tile_width, tiling.overlap)
     row_weights, column_weights = blend_weights(rows, tile_height), blend_weights(columns, tile_width)
@@ -190,7 +190,7 @@ def blend_tiles(
     for start in starts if len(starts) == 1 else pipe.progress_bar(starts):
         batch = positions[start : start + batch_size]
         corners = [(rows[row], columns[column]) for row, column in batch]
-        tiles = torch.stack([processor.to_rgb(picture, (*corner, tile_height, tile_width)) for corner in corners])
+        tiles = torch.stack([processor.to_rgb(image, (*corner, tile_height, tile_width)) for corner in corners])
         # The tile's window of the wallpaper: [K, 2, B, 3, h, w]
         shifted = torch.cat([noise.roll((-top, -left), (-2, -1)) for top, left in corners], dim=2)
         with torch.inference_mode():

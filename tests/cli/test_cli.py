@@ -292,8 +292,8 @@ def test_datasets_and_parquet(model: Path, folder: Path, tmp_path: Path) -> None
     datasets = pytest.importorskip("datasets")
     from datasets.table import embed_table_storage
 
-    pictures = sorted(str(file) for file in folder.rglob("*.*"))
-    columns = {"photo": [*pictures[:2], None], "number": [0, 1, 2]}
+    images = sorted(str(file) for file in folder.rglob("*.*"))
+    columns = {"photo": [*images[:2], None], "number": [0, 1, 2]}
     features = datasets.Features({"photo": datasets.Image(), "number": datasets.Value("int64")})
     table = datasets.Dataset.from_dict(columns, features=features)
     parquet, output = tmp_path / "line.parquet", tmp_path / "out"
@@ -305,8 +305,8 @@ def test_datasets_and_parquet(model: Path, folder: Path, tmp_path: Path) -> None
     lines = rows(output)
     assert [line["path"] for line in lines] == [f"{parquet}[train][{index}]" for index in range(3)]
     pipe = DiffusionADPipeline.from_pretrained(model)
-    for line, picture in zip(lines[:2], pictures):
-        assert line["score"] == pytest.approx(float(pipe(Image.open(picture)).anomaly_scores[0]), abs=2e-6)
+    for line, image in zip(lines[:2], images):
+        assert line["score"] == pytest.approx(float(pipe(Image.open(image)).anomaly_scores[0]), abs=2e-6)
         assert (output / f"{line['output']}.png").is_file()
     stored = datasets.Dataset.from_parquet(str(output / "results.parquet"))
     assert stored["path"] == [line["path"] for line in lines] and stored["score"][2] is None

@@ -31,7 +31,7 @@ from tests.helpers.script_processes import DIFFUSIONAD, run_script
 
 ROOT = Path(__file__).parents[2]
 HAZELNUT = ROOT / "training" / "data" / "hazelnut_toy" / "hazelnut"
-PICTURE = HAZELNUT / "test" / "colour" / "00.jpg"
+IMAGE = HAZELNUT / "test" / "colour" / "00.jpg"
 
 
 def run(*arguments: object):
@@ -58,7 +58,7 @@ def trained(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> Path:
         (folder / name).write_bytes(b"{}")
     (folder / "training_config.yaml").write_text(yaml.safe_dump(config))
     write_model_card(
-        folder, config, picture_count=28, held_out_count=4, best_step=2, hours=1.5, hardware="1 x 2 CPU threads",
+        folder, config, image_count=28, held_out_count=4, best_step=2, hours=1.5, hardware="1 x 2 CPU threads",
         validation={"image_auroc": 0.9},
     )  # fmt: skip
     write_results(folder, {"screws": dict.fromkeys(METRIC_NAMES, 0.875)}, "| a |", "Measured by a test.")
@@ -86,7 +86,7 @@ def test_a_dataset_of_the_hub_is_named(trained: Path) -> None:
     for name, expected in (("user/screws", ["user/screws"]), (str(trained), None)):
         config |= {"train_data_dir": None, "dataset_name": name}
         write_model_card(
-            trained, config, picture_count=28, held_out_count=4, best_step=9, hours=0, hardware="", validation={}
+            trained, config, image_count=28, held_out_count=4, best_step=9, hours=0, hardware="", validation={}
         )
         card = ModelCard.load(trained / "README.md")
         assert card.data.to_dict().get("datasets") == expected
@@ -98,7 +98,7 @@ def test_what_a_run_was_begun_with_is_named(trained: Path) -> None:
     for base, on_the_hub in (("user/nuts", True), (str(trained), False)):
         config |= {"pretrained_model_name_or_path": base}
         write_model_card(
-            trained, config, picture_count=28, held_out_count=4, best_step=9, hours=0, hardware="", validation={}
+            trained, config, image_count=28, held_out_count=4, best_step=9, hours=0, hardware="", validation={}
         )
         card = ModelCard.load(trained / "README.md")
         assert card.data.base_model == ("user/nuts" if on_the_hub else None)
@@ -109,12 +109,12 @@ def test_the_card_of_a_student_names_its_teacher(trained: Path) -> None:
     config = yaml.safe_load((trained / "training_config.yaml").read_text())
     config |= {
         "distill": "user/teacher",
-        "licence_note": None,
+        "license_note": None,
         "soft_edge_probability": 0.5,
         "thin_line_probability": 0.2,
     }
     write_model_card(
-        trained, config, picture_count=28, held_out_count=4, best_step=2, hours=0, hardware="", validation={}
+        trained, config, image_count=28, held_out_count=4, best_step=2, hours=0, hardware="", validation={}
     )
     card = ModelCard.load(trained / "README.md")
     assert card.data.base_model == "user/teacher" and "| taught by | `user/teacher`" in card.text
@@ -148,7 +148,7 @@ def test_push_and_the_lines_of_the_card(trained: Path, hub_server: HubServer, tm
     assert 'from_pretrained("user/screw")' in code
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    open_image(PICTURE).save(elsewhere / "picture.jpg")
+    open_image(IMAGE).save(elsewhere / "picture.jpg")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=elsewhere, env=clean_environment(hub_server, elsewhere), text=True,
         capture_output=True, timeout=300, check=False,
@@ -291,10 +291,10 @@ def test_calibrate(trained: Path, tmp_path: Path) -> None:
 
     # Of 24 scores the 23rd smallest is the quantile: ceil(25 * 0.9).
     pipe = DiffusionADPipeline.from_pretrained(trained)
-    pictures = [open_image(file) for file in sorted(good.iterdir())]
-    scores = sorted(float(pipe(picture).anomaly_scores[0]) for picture in pictures)
+    images = [open_image(file) for file in sorted(good.iterdir())]
+    scores = sorted(float(pipe(image).anomaly_scores[0]) for image in images)
     assert pipe.config.image_threshold == pytest.approx(scores[22], abs=1e-5)
-    tensors = pipe.image_processor.preprocess(pictures, 32, 32)[0]
+    tensors = pipe.image_processor.preprocess(images, 32, 32)[0]
     maps = pipe(tensors, output_type="np").anomaly_maps
     # (24 share + 1) / 25 <= 0.1, and hardly less.
     assert 0.06 < (maps > pipe.config.pixel_threshold).mean() <= 0.0625
@@ -317,11 +317,11 @@ def test_calibrate(trained: Path, tmp_path: Path) -> None:
 
 def test_calibrate_says_what_is_wrong(saved: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "one.png")
-    picture = tmp_path / "one.png"
-    assert "must lie between 0 and 1" in refusal("calibrate", saved, picture, "--false-positive-rate", 1)
-    assert "is no folder" in refusal("calibrate", "user/model", picture)
+    image = tmp_path / "one.png"
+    assert "must lie between 0 and 1" in refusal("calibrate", saved, image, "--false-positive-rate", 1)
+    assert "is no folder" in refusal("calibrate", "user/model", image)
     assert "there is no such file or folder" in refusal("calibrate", saved, tmp_path / "nothing")
-    result = run("calibrate", saved, picture, "--false-positive-rate", 0.5)
+    result = run("calibrate", saved, image, "--false-positive-rate", 0.5)
     assert result.exit_code == 0 and "its model card does not say so" in result.output
     index = json.loads((saved / "model_index.json").read_text())
     assert 0 < index["image_threshold"] < 1 and 0 < index["pixel_threshold"] < 1
@@ -333,8 +333,8 @@ def test_calibrate_lists_a_picture_for_which_the_networks_give_nan(
     with torch.no_grad():  # overflows where a picture is not black
         tiny_pipeline.segmentation.encoder_blocks[0][0].weight[:, :3] = 3e38
     tiny_pipeline.save_pretrained(tmp_path / "model")
-    for name, colour in (("black", 0), ("white", 255)):
-        Image.new("L", (40, 40), colour).save(tmp_path / f"{name}.png")
+    for name, color in (("black", 0), ("white", 255)):
+        Image.new("L", (40, 40), color).save(tmp_path / f"{name}.png")
     before = (tmp_path / "model" / "model_index.json").read_bytes()
     command = ("calibrate", tmp_path / "model", tmp_path / "white.png", "--false-positive-rate", 0.5)
     said = refusal(*command)

@@ -17,34 +17,34 @@ from diffusionad_pipe.training.images import read_textures
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "diffusionad_pipe"
-FILES = sorted([*PACKAGE.glob("*.py"), *(ROOT / "training").glob("*.py")])
+FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "training").glob("*.py")])
 READERS = "predict check-data preview-synthesis train evaluate calibrate export space"
 LAUNCH = "accelerate launch"
 
 # Who says what: the commands in which a file's texts appear, of one option or of all; of a file of commands, by
 # function. All else in it belongs to the command of its name.
 SAID_BY = {
-    "calibration": "calibrate",
-    "evaluation": "evaluate",
-    "foreground": "train preview-synthesis",
-    "image_files": READERS,
-    "model_card": "evaluate",
-    "model_card --output_dir": "train",
-    "output_folder": "predict evaluate preview-synthesis export space",  # the others give it a name of their own
-    "picture_sources": "predict",
-    "prediction_folder": "predict",
-    "preview": "preview-synthesis",
-    "results_table": "evaluate",
-    "space_folder": "space",
-    "synthetic_dataset": "train",
-    "training_data": "train preview-synthesis",
-    "commands_pictures _find_sources": "predict",
-    "commands_pictures _judge_share": "predict",
-    "commands_pictures _load": "predict calibrate",
-    "commands_training TRAIN_DESCRIPTION": "train",
+    "data/loading": READERS,
+    "evaluation/calibration": "calibrate",
+    "evaluation/measuring": "evaluate",
+    "evaluation/tables": "evaluate",
+    "files/output_folder": "predict evaluate preview-synthesis export space",  # the others give it a name of their own
+    "hub/model_card": "evaluate",
+    "hub/model_card --output_dir": "train",
+    "hub/results": "evaluate",
+    "hub/space_folder": "space",
+    "images/files": READERS,
+    "images/sources": "predict",
+    "prediction/folder": "predict",
+    "synthesis/foregrounds": "train preview-synthesis",
+    "training/images": "train preview-synthesis",
+    "training/preview": "preview-synthesis",
+    "cli/images _find_sources": "predict",
+    "cli/images _predict_share": "predict",
+    "cli/images _load": "predict calibrate",
+    "cli/training TRAIN_DESCRIPTION": "train",
 }
-SAID_BY |= {f"training {file.stem}": "train" for file in (ROOT / "training").glob("*.py")}
-SAID_BY |= {"training evaluate": "evaluate"}
+SCRIPTS = {"train": "train", "evaluate": "evaluate"}
 # What `accelerate launch` is told, and not the command.
 LAUNCHER = {"--use_fsdp", "--fsdp_version", "--fsdp_auto_wrap_policy", "--multi_gpu", "--quiet"}
 
@@ -82,16 +82,21 @@ def named_options(file: Path) -> Iterator[tuple[str, str]]:
 def commands_that_say(file: Path, function: str, option: str) -> list[str]:
     if option in LAUNCHER:
         return [LAUNCH]
-    place = file.stem if file.parent == PACKAGE else f"training {file.stem}"
-    keys = f"{place} {option}", f"{place} {function}", place
-    said_by = next((SAID_BY[key] for key in keys if key in SAID_BY), None)
-    if said_by is None and file.stem.startswith("commands_"):
+    if file.parent == ROOT / "training":
+        return [SCRIPTS[file.stem]]
+    place = file.relative_to(PACKAGE).with_suffix("").as_posix()
+    said_by = next(
+        (SAID_BY[key] for key in (f"{place} {option}", f"{place} {function}", place) if key in SAID_BY), None
+    )
+    if said_by is None and place.startswith("training/"):
+        said_by = "train"
+    if said_by is None and place.startswith("cli/"):
         said_by = function.replace("_", "-")
     assert said_by is not None, f"{file.name} names {option}: in which commands? Add it to SAID_BY"
     return said_by.split()
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_every_option_that_is_named_exists(file: Path) -> None:
     for function, option in named_options(file):
         for command in commands_that_say(file, function, option):
@@ -108,6 +113,6 @@ def test_textures_that_are_put_up_with(tmp_path: Path) -> None:
 
 
 def test_names_are_found() -> None:
-    assert ("OR_RAISE_MAX_PIXELS", "--max-pixels") in named_options(PACKAGE / "image_files.py")
+    assert ("OR_RAISE_MAX_PIXELS", "--max-pixels") in named_options(PACKAGE / "images" / "files.py")
     assert ("explain", "--train_batch_size") in named_options(ROOT / "training" / "train.py")
     assert PASSED_ON["allow_extra_args"] and UNDERSCORES  # the two spellings that options_of counts with

@@ -81,7 +81,7 @@ def test_what_a_dataset_lacks(tmp_path: Path) -> None:
     shutil.rmtree(root / "test" / "good")
     assert any("no good test pictures" in problem.message for problem in check_data(root))
     shutil.rmtree(root / "test" / "Riß")
-    layouts.pictures(root, ["test/good/1.png"])
+    layouts.images(root, ["test/good/1.png"])
     assert "no defective test pictures" in found(root, "warning")["."]
     shutil.rmtree(root / "test")
     assert "no test pictures" in found(root, "warning")["."]
@@ -96,7 +96,7 @@ def test_a_partial_download(tmp_path: Path) -> None:
     gone = ["candle/Data/Images/Normal/0002.JPG", "candle/Data/Masks/Anomaly/012.png"]
     for name in gone:
         (root / name).unlink()
-    layouts.pictures(root, ["candle/Data/Images/Normal/0009.JPG"])
+    layouts.images(root, ["candle/Data/Images/Normal/0009.JPG"])
     shutil.rmtree(root / "pcb1")
     errors = found(root, "error")
     assert set(errors) == {*gone, "pcb1"} and "names this category" in errors["pcb1"]
@@ -107,7 +107,7 @@ def test_a_partial_download(tmp_path: Path) -> None:
 def test_pictures_that_nobody_would_notice(tmp_path: Path) -> None:
     root = tmp_path / "bottle"
     layouts.mvtec_ad(tmp_path)
-    layouts.pictures(root, ["test/000.png", "train/bad/000.png", "005.png"])
+    layouts.images(root, ["test/000.png", "train/bad/000.png", "005.png"])
     shutil.copy(root / "test" / "good" / "001.png", root / "test" / "contamination" / "000.png")
     assert set(found(root, "warning")) == {"test/000.png", "train/bad/000.png", "005.png"}
     (message,) = found(root, "error").values()
@@ -184,8 +184,8 @@ def test_the_real_magnetic_tiles() -> None:
 
 def test_masks_follow_the_folders_of_their_pictures(tmp_path: Path) -> None:
     root = tmp_path / "part"
-    layouts.pictures(root, [f"train/good/{index}.png" for index in range(3)] + ["test/good/9.png"])
-    layouts.pictures(root, ["test/dent/cam1/000.png", "test/dent/cam2/000.png", "test/dent/cam2/001.png"])
+    layouts.images(root, [f"train/good/{index}.png" for index in range(3)] + ["test/good/9.png"])
+    layouts.images(root, ["test/dent/cam1/000.png", "test/dent/cam2/000.png", "test/dent/cam2/001.png"])
     layouts.masks(root, ["ground_truth/dent/000_mask.png", "ground_truth/dent/001_mask.png"])
     errors = found(root, "error")
     assert set(errors) == {"test/dent/cam1/000.png", "test/dent/cam2/000.png"}
@@ -201,10 +201,10 @@ def test_masks_follow_the_folders_of_their_pictures(tmp_path: Path) -> None:
 
 def test_names_that_mean_something_elsewhere(tmp_path: Path) -> None:
     root = tmp_path / "data" / "part"
-    layouts.pictures(root, ["train/good/A.png", "train/good/a.png", "train/good/größe.png", "test/good/1.png"])
-    layouts.pictures(root, ["train/good/gro\u0308ße.png", "test/dent/1.jfif", "test/good/2.ppm"])
-    layouts.pictures(root, ["train/good/.hidden/1.png", "train/good/@eaDir/1.png"])
-    layouts.pictures(root.parent, [".Trash-1000/train/good/1.png"])
+    layouts.images(root, ["train/good/A.png", "train/good/a.png", "train/good/größe.png", "test/good/1.png"])
+    layouts.images(root, ["train/good/gro\u0308ße.png", "test/dent/1.jfif", "test/good/2.ppm"])
+    layouts.images(root, ["train/good/.hidden/1.png", "train/good/@eaDir/1.png"])
+    layouts.images(root.parent, [".Trash-1000/train/good/1.png"])
     latin = os.fsdecode(b"train/good/M\xfcnchen.png")
     shutil.copy(root / "train/good/A.png", root / latin)
     (root / "train" / "good" / "b.heic").write_bytes(b"...")
@@ -222,7 +222,7 @@ def test_names_that_mean_something_elsewhere(tmp_path: Path) -> None:
 
 def test_mattes_and_masks_in_doubt(tmp_path: Path) -> None:
     root = tmp_path / "part"
-    layouts.pictures(root, ["train/good/0.png", "train/good/1.png", "test/good/2.png", "test/dent/3.png"])
+    layouts.images(root, ["train/good/0.png", "train/good/1.png", "test/good/2.png", "test/dent/3.png"])
     layouts.masks(root, ["ground_truth/dent/3_mask.png", "DISthresh/good/0.png"])
     assert set(found(root, "warning")) == {"train/good/1.png"}  # it has no matte
     mask = Image.open(root / "ground_truth/dent/3_mask.png").convert("L").point(lambda value: min(value, 1))

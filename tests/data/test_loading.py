@@ -141,7 +141,7 @@ def test_read_mask_in_colour() -> None:
 @pytest.mark.parametrize("make", [layouts.mvtec_ad, layouts.visa, layouts.kolektor_sdd2, layouts.plain])
 def test_parquet_gives_the_same_back(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("diffusionad_pipe.data.PICTURES_PER_FILE", 3)
+    monkeypatch.setattr("diffusionad_pipe.data.IMAGES_PER_FILE", 3)
     root = tmp_path / "data"
     make(root)
     splits = load_anomaly_dataset(root, category="all")
@@ -149,7 +149,7 @@ def test_parquet_gives_the_same_back(make, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="holds Parquet files already"):
         export_parquet(splits, tmp_path / "export")
     pixels = {
-        (split, column): [picture and (picture.mode, np.asarray(picture)) for picture in rows[column]]
+        (split, column): [image and (image.mode, np.asarray(image)) for image in rows[column]]
         for split, rows in splits.items()
         for column in ("image", "mask")
     }
@@ -326,8 +326,8 @@ def test_magnetic_tile_as_one_of_several_categories(tiles: Path) -> None:
 
 
 def test_magnetic_tile_without_jpeg_pictures(tiles: Path) -> None:
-    for picture in (tiles / "MT_Blowhole" / "Imgs").glob("*.[jJ]*"):
-        picture.unlink()
+    for image in (tiles / "MT_Blowhole" / "Imgs").glob("*.[jJ]*"):
+        image.unlink()
     with pytest.raises(ValueError, match=r"MT_Blowhole/Imgs has no pictures that end in \.jpg"):
         load_anomaly_dataset(tiles)
 

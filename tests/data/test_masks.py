@@ -17,9 +17,9 @@ CLASSES = np.arange(96, dtype=np.uint8).reshape(8, 12) % 4
 OPEN = "leaves open what it marks"
 
 
-def with_palette(indices: np.ndarray, *colours: tuple[int, int, int]) -> Image.Image:
+def with_palette(indices: np.ndarray, *colors: tuple[int, int, int]) -> Image.Image:
     mask = Image.fromarray(indices, "L")
-    mask.putpalette([value for colour in colours for value in colour])
+    mask.putpalette([value for color in colors for value in color])
     return mask
 
 
@@ -50,7 +50,7 @@ BLACK, WHITE, RED, DARK = (0, 0, 0), (255, 255, 255), (128, 0, 0), (0, 40, 0)
         with_palette(REGION * 20, *([BLACK] + [RED] * 30)),
         with_palette(REGION, (3, 3, 3), (250, 250, 250)),
         with_palette(1 - REGION, (250, 250, 250), (3, 3, 3)),
-        with_palette(REGION * 9, *((grey, grey, grey) for grey in range(256))),
+        with_palette(REGION * 9, *((gray, gray, gray) for gray in range(256))),
         Image.fromarray(REGION * 255).convert("P"),
         Image.fromarray(REGION * 255).convert("RGB").quantize(2),
     ],

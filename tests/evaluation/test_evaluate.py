@@ -45,10 +45,10 @@ def model(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def stored(output: Path, picture: Path, category: str = "part") -> Prediction:
+def stored(output: Path, image: Path, category: str = "part") -> Prediction:
     """What an evaluation keeps of a picture."""
     predictions = StoredPredictions(OutputFolder(output, "evaluate"), f"predictions/{category}")
-    prediction = predictions.read(hashlib.sha256(picture.read_bytes()).hexdigest())
+    prediction = predictions.read(hashlib.sha256(image.read_bytes()).hexdigest())
     assert prediction is not None
     return prediction
 
@@ -80,7 +80,7 @@ def test_the_command_writes_tables_a_report_and_the_card(model: Path, data: Path
     assert table.splitlines()[0] in result.output and table.splitlines()[2].startswith("| part | 2 | 3 | ")
     written = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]
     assert written["good"] == 2 and 0 <= written["pixel_ap"] <= 1
-    assert written["seconds_per_picture"] > 0 and written["peak_memory_bytes"] > 2**20
+    assert written["seconds_per_image"] > 0 and written["peak_memory_bytes"] > 2**20
     assert re.search(r"part: \S+ s a picture .*, \S+ s for the metrics, at most \d+ MiB of memory", result.output)
     scores = (tmp_path / "out" / "scores.csv").read_text().splitlines()
     assert len(scores) == 6 and scores[0] == "category,path,defect_type,label,score,decision"
@@ -104,9 +104,9 @@ def test_the_command_writes_tables_a_report_and_the_card(model: Path, data: Path
 def test_an_interrupted_evaluation_goes_on_and_another_model_begins_anew(
     model: Path, data: Path, tmp_path: Path, tiny_pipeline: DiffusionADPipeline
 ) -> None:
-    folder, picture = tmp_path / "out" / "predictions" / "part", data / "test" / "good" / "1.png"
+    folder, image = tmp_path / "out" / "predictions" / "part", data / "test" / "good" / "1.png"
     evaluate(model, data, tmp_path / "out", batch_size=2)
-    first = stored(tmp_path / "out", picture)
+    first = stored(tmp_path / "out", image)
     gone = sorted(folder.glob("*.npz"))[1:3]
     for file in gone:
         file.unlink()
@@ -121,11 +121,11 @@ def test_an_interrupted_evaluation_goes_on_and_another_model_begins_anew(
         tiny_pipeline.segmentation.conv_out.bias += 0.5
     tiny_pipeline.save_pretrained(tmp_path / "other")
     evaluate(tmp_path / "other", data, tmp_path / "out", batch_size=2)
-    other = stored(tmp_path / "out", picture).anomaly_map
+    other = stored(tmp_path / "out", image).anomaly_map
     assert (other > first.anomaly_map).all()
     assert len(list(folder.glob("*.npz"))) == 5 and not now.keys() & {*folder.glob("*.npz")}
     evaluate(tmp_path / "other", data, tmp_path / "out", batch_size=2, dtype=torch.bfloat16)
-    half = stored(tmp_path / "out", picture).anomaly_map
+    half = stored(tmp_path / "out", image).anomaly_map
     assert 0 < np.abs(half - other).max() < 0.05
 
 
@@ -232,7 +232,7 @@ def test_the_reference_protocol_erodes_masks_and_scores_fifty_pixels(model: Path
     assert 0 < eroded.sum() < (mask > 0).mean() * 32 * 32
     maps = [stored(tmp_path / "out", Path(row["path"])).anomaly_map for row in result.rows]
     masks = [eroded if row["path"].endswith("scratch/0.png") else None for row in result.rows]
-    masks = [np.zeros((32, 32)) if row["label"] == 0 else its for row, its in zip(result.rows, masks)]
+    masks = [np.zeros((32, 32)) if row["label"] == 0 else mask for row, mask in zip(result.rows, masks)]
     expected = evaluate_maps(maps, masks, method="reference")
     assert {name: result.metrics[name] for name in expected} == expected
 
@@ -315,8 +315,8 @@ def test_what_a_dataset_lacks_is_said(
 ) -> None:
     shutil.rmtree(data / missing)
     (result,) = evaluate(model, data, tmp_path / "Ausgabe für Ä", method=method)  # type: ignore[arg-type]
-    its = {name: math.isnan(value) for name, value in result.metrics.items() if name.startswith(("image_", "pixel_"))}
-    assert {name.split("_")[0] for name, undefined in its.items() if not undefined} == defined
+    of_scores = {name: value for name, value in result.metrics.items() if name.startswith(("image_", "pixel_"))}
+    assert {name.split("_")[0] for name, value in of_scores.items() if not math.isnan(value)} == defined
     assert any(line.startswith(remark) for line in result.remarks)
     assert f"- part: {remark}" in markdown_table([result])
     write_evaluation_report([result], data.name, OutputFolder(tmp_path / "Ausgabe für Ä", "evaluate"), {})

@@ -234,7 +234,7 @@ def test_a_category_whose_model_is_broken_is_listed(model: Path, data: Path, tmp
     assert "not judged: part: its model cannot be loaded: " in result.output and weights.name in result.output
     table = (tmp_path / "out" / "results.md").read_text()
     assert "| part | 0 | 0 | –" in table and "| piece | 2 | 3 | " in table
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]["seconds_per_picture"] is None
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]["seconds_per_image"] is None
     assert run(*arguments, "--category", "part").exit_code == 2
 
 

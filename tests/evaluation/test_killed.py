@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "training" / "evaluate.py"
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 TABLES = ("results.md", "results.csv", "scores.csv")
 PREDICTIONS = "predictions/part/*-*.npz"
-PICTURES = 12
+IMAGES = 12
 KILLS = 3  # of one evaluation
 
 
@@ -57,7 +57,7 @@ def test_a_killed_evaluation_goes_on(seed: int, arguments: list[object], tables:
     before = tree(inputs), [file.read_text() for file in others]
     for _ in range(KILLS):
         kept = {file: file.stat().st_mtime_ns for file in output.glob(PREDICTIONS)}
-        wanted = moments.randint(0, PICTURES)
+        wanted = moments.randint(0, IMAGES)
         with ScriptProcess([*arguments, output], ENVIRONMENT) as process:
             while process.process.exitcode is None and len(list(output.glob(PREDICTIONS))) < wanted:
                 time.sleep(0.001)
@@ -68,5 +68,5 @@ def test_a_killed_evaluation_goes_on(seed: int, arguments: list[object], tables:
     assert done.returncode == 0, done.stderr
     assert [(output / name).read_text() for name in TABLES] == tables
     assert (tree(inputs), [file.read_text() for file in others]) == before
-    assert len(list(output.glob(PREDICTIONS))) == PICTURES
+    assert len(list(output.glob(PREDICTIONS))) == IMAGES
     assert not any((output / ".diffusionad" / "unfinished").glob("*/*"))

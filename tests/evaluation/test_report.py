@@ -19,7 +19,7 @@ from diffusionad_pipe.evaluation.report_page import (
     WEAK_DEFECTS,
     WIDTH,
     CategoryReport,
-    GalleryPicture,
+    GalleryImage,
     choose_gallery,
     write_report,
 )
@@ -50,19 +50,19 @@ def category(name: str, threshold: float | None = 0.5, metrics: dict[str, float]
     gallery = []
     for group, indices in choose_gallery(SCORES, LABELS, threshold, count=2).items():
         for index in indices:
-            picture = open_image(paths[index]).convert("RGB").crop((0, 0, 512, 384))
-            mask = Image.new("1", picture.size)
+            image = open_image(paths[index]).convert("RGB").crop((0, 0, 512, 384))
+            mask = Image.new("1", image.size)
             mask.putpixel((100, 200), 1)
             gallery.append(
-                GalleryPicture(
+                GalleryImage(
                     group=group,
                     name=f"{paths[index].parent.name}/{paths[index].name}",
                     defect_type=TYPES[index],
                     label=LABELS[index],
                     score=SCORES[index],
-                    picture=picture,
-                    reconstruction=picture.reduce(16),
-                    heatmap=picture.rotate(180),
+                    image=image,
+                    reconstruction=image.reduce(16),
+                    heatmap=image.rotate(180),
                     predicted_mask=mask if threshold is not None else None,
                     ground_truth=mask if LABELS[index] else None,
                 )

@@ -25,7 +25,7 @@ for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install diffusionad_pipe[export]")
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def image(height: int, width: int, seed: int = 0) -> np.ndarray:
     """A smooth picture with a little noise, uint8 `[height, width, 3]`."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 4, 4, generator=generator)
@@ -34,8 +34,8 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return (0.9 * large + noise).mul(255).round().to(torch.uint8).numpy()
 
 
-PICTURES = [picture(32, 32), picture(50, 40), picture(50, 40, seed=1), picture(20, 70)]
-CALIBRATION = [picture(40, 40 + seed, seed) for seed in range(8)]
+IMAGES = [image(32, 32), image(50, 40), image(50, 40, seed=1), image(20, 70)]
+CALIBRATION = [image(40, 40 + seed, seed) for seed in range(8)]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def pipe() -> DiffusionADPipeline:
 def folder(pipe: DiffusionADPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The detector in float32: as d.onnx, and as d.xml of the same trace, which takes most of the time."""
     folder = tmp_path_factory.mktemp("exported")
-    result = export_detector(pipe, folder / "d.onnx", licence="cc0-1.0", name="tiny")
+    result = export_detector(pipe, folder / "d.onnx", license="cc0-1.0", name="tiny")
     assert result.map_difference < 1e-4 and result.score_difference < 1e-4, result
     shutil.copy(folder / "d.onnx", folder / "source.onnx")
     write_openvino(folder / "source.onnx", folder / "d.xml", json.dumps(result.metadata), [])
@@ -61,7 +61,7 @@ def file(request: pytest.FixtureRequest, pipe: DiffusionADPipeline, folder: Path
     """One of the detector's files."""
     path = folder / request.param
     if path.suffix == ".pt2":
-        export_detector(pipe, path, "torch", licence="cc0-1.0", name="tiny")
+        export_detector(pipe, path, "torch", license="cc0-1.0", name="tiny")
     return path
 
 
@@ -70,7 +70,7 @@ FILES = ["d.onnx", "d.xml", pytest.param("d.pt2", marks=pytest.mark.slow)]
 
 @pytest.mark.slow
 def test_openvino_from_the_pipeline(pipe: DiffusionADPipeline, tmp_path: Path) -> None:
-    result = export_detector(pipe, tmp_path / "d.xml", "openvino", licence="cc0-1.0", name="tiny")
+    result = export_detector(pipe, tmp_path / "d.xml", "openvino", license="cc0-1.0", name="tiny")
     assert result.map_difference < 1e-4 and result.score_difference < 1e-4, result
     assert sorted(path.name for path in tmp_path.glob("d*")) == ["d.bin", "d.xml"]
 
@@ -78,42 +78,42 @@ def test_openvino_from_the_pipeline(pipe: DiffusionADPipeline, tmp_path: Path) -
 @pytest.mark.parametrize("file", FILES, indirect=True)
 def test_a_file_says_what_the_pipeline_says(pipe: DiffusionADPipeline, file: Path) -> None:
     detector = ExportedDetector(file)
-    expected, output = pipe(PICTURES, output_type="np"), detector(PICTURES, output_type="np", batch_size=2)
+    expected, output = pipe(IMAGES, output_type="np"), detector(IMAGES, output_type="np", batch_size=2)
     np.testing.assert_allclose(output.anomaly_scores, expected.anomaly_scores, rtol=0, atol=1e-4)
     np.testing.assert_array_equal(output.is_anomalous, expected.is_anomalous)
-    for index in range(len(PICTURES)):
+    for index in range(len(IMAGES)):
         for field in ("anomaly_maps", "reconstructions"):
             ours, theirs = getattr(output, field)[index], getattr(expected, field)[index]
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4, err_msg=f"{field} {index}")
         assert output.predicted_masks[index].shape == expected.predicted_masks[index].shape
-    one = detector(Image.fromarray(PICTURES[1]))
+    one = detector(Image.fromarray(IMAGES[1]))
     assert one.anomaly_maps[0].mode == "L" and one.anomaly_maps[0].size == one.reconstructions[0].size == (40, 50)
-    as_tuple = detector(PICTURES[0], output_type="np", return_dict=False)
+    as_tuple = detector(IMAGES[0], output_type="np", return_dict=False)
     assert len(as_tuple) == 5 and as_tuple[0].shape == (1, 32, 32, 1)
-    assert detector.metadata["licence"] == "cc0-1.0" and detector.metadata["image_threshold"] == 0.5
+    assert detector.metadata["license"] == "cc0-1.0" and detector.metadata["image_threshold"] == 0.5
 
 
 @pytest.mark.parametrize("file", FILES, indirect=True)
 def test_reconstructions_may_be_left_out(file: Path) -> None:
     whole, without = ExportedDetector(file), ExportedDetector(file, reconstructions=False)
-    expected, output = (detector(PICTURES, output_type="np", batch_size=2) for detector in (whole, without))
+    expected, output = (detector(IMAGES, output_type="np", batch_size=2) for detector in (whole, without))
     np.testing.assert_array_equal(output.anomaly_scores, expected.anomaly_scores)
     for ours, theirs in zip(output.anomaly_maps, expected.anomaly_maps, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
     assert output.reconstructions is None
-    streamed = list(without.stream(PICTURES))
-    assert [one.reconstructions for one in streamed] == [None] * len(PICTURES)
-    assert streamed[1].anomaly_maps[0].size == PICTURES[1].shape[1::-1]
+    streamed = list(without.stream(IMAGES))
+    assert [one.reconstructions for one in streamed] == [None] * len(IMAGES)
+    assert streamed[1].anomaly_maps[0].size == IMAGES[1].shape[1::-1]
 
 
 def test_export_leaves_the_pipeline_alone(pipe: DiffusionADPipeline, folder: Path) -> None:
     assert pipe.segmentation.config.norm_type == "batch"
-    assert torch.equal(pipe(PICTURES[0], output_type="pt").anomaly_maps, build_tiny_pipeline()(
-        PICTURES[0], output_type="pt").anomaly_maps)  # fmt: skip
+    assert torch.equal(pipe(IMAGES[0], output_type="pt").anomaly_maps, build_tiny_pipeline()(
+        IMAGES[0], output_type="pt").anomaly_maps)  # fmt: skip
 
 
 def check_int8(pipe: DiffusionADPipeline, path: Path) -> None:
-    output, expected = ExportedDetector(path)(PICTURES, output_type="np"), pipe(PICTURES, output_type="np")
+    output, expected = ExportedDetector(path)(IMAGES, output_type="np"), pipe(IMAGES, output_type="np")
     assert 0 < np.abs(output.anomaly_scores - expected.anomaly_scores).max() < 0.1
     graph = path.read_bytes()
     assert b"QuantizeLinear" in graph or b"FakeQuantize" in graph
@@ -176,33 +176,33 @@ del second
 
 def test_kinds_of_pictures_and_thresholds(pipe: DiffusionADPipeline, folder: Path) -> None:
     detector = ExportedDetector(folder / "d.onnx", threads=1, image_threshold=0.0, pixel_threshold=1.0)
-    rgba = np.dstack([PICTURES[1], np.full((50, 40), 200, np.uint8)])
-    for kind in (rgba, PICTURES[1].astype(np.float32) / 255, PICTURES[1][..., :1], PICTURES[1][..., 0] > 100,
-                 PICTURES[1].astype(np.uint16) * 257):  # fmt: skip
+    rgba = np.dstack([IMAGES[1], np.full((50, 40), 200, np.uint8)])
+    for kind in (rgba, IMAGES[1].astype(np.float32) / 255, IMAGES[1][..., :1], IMAGES[1][..., 0] > 100,
+                 IMAGES[1].astype(np.uint16) * 257):  # fmt: skip
         expected = pipe(kind, output_type="np").anomaly_scores
         output = detector(kind, output_type="np")
         np.testing.assert_allclose(output.anomaly_scores, expected, rtol=0, atol=2e-3)
         assert output.is_anomalous.all() and not output.predicted_masks.any()
-    assert detector(np.stack([PICTURES[1]] * 3), batch_size=3, output_type="np").anomaly_maps.shape == (3, 50, 40, 1)
+    assert detector(np.stack([IMAGES[1]] * 3), batch_size=3, output_type="np").anomaly_maps.shape == (3, 50, 40, 1)
 
 
 def test_stream(folder: Path) -> None:
     detector = ExportedDetector(folder / "d.onnx")
-    kinds = [*PICTURES[:2], PICTURES[1], PICTURES[1][..., 0]]  # three of one size in turn
+    kinds = [*IMAGES[:2], IMAGES[1], IMAGES[1][..., 0]]  # three of one size in turn
     outputs = list(detector.stream(iter(kinds), batch_size=3, output_type="np"))
-    for picture, output in zip(kinds, outputs, strict=True):
-        alone = detector(picture, output_type="np")
+    for image, output in zip(kinds, outputs, strict=True):
+        alone = detector(image, output_type="np")
         np.testing.assert_allclose(output.anomaly_scores, alone.anomaly_scores, rtol=0, atol=1e-6)
         np.testing.assert_allclose(output.anomaly_maps, alone.anomaly_maps, rtol=0, atol=1e-5)
         np.testing.assert_allclose(output.reconstructions, alone.reconstructions, rtol=0, atol=1e-5)
         np.testing.assert_array_equal(output.predicted_masks, alone.predicted_masks)
 
     def damaged() -> Iterator[np.ndarray]:
-        yield PICTURES[0]
+        yield IMAGES[0]
         raise OSError("the next file is damaged")
 
     outputs = detector.stream(damaged(), batch_size=1)
-    assert next(outputs).anomaly_maps[0].size == PICTURES[0].shape[1::-1]
+    assert next(outputs).anomaly_maps[0].size == IMAGES[0].shape[1::-1]
     with pytest.raises(OSError, match="damaged"):
         next(outputs)
     with pytest.raises(ValueError, match=r"1 \.\.\. 16"):  # at once, not with the first output
@@ -210,7 +210,7 @@ def test_stream(folder: Path) -> None:
 
 
 def test_without_torch(pipe: DiffusionADPipeline, folder: Path) -> None:
-    Image.fromarray(PICTURES[1]).save(folder / "picture.png")
+    Image.fromarray(IMAGES[1]).save(folder / "picture.png")
     script = """
 import sys
 for name in ("torch", "diffusers", "transformers", "huggingface_hub"):
@@ -224,7 +224,7 @@ for name in ("d.onnx", "d.xml"):
 """
     done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    expected = pipe(PICTURES[1]).anomaly_scores[0]
+    expected = pipe(IMAGES[1]).anomaly_scores[0]
     for line in done.stdout.splitlines():
         assert float(line.split()[0]) == pytest.approx(expected, abs=1e-4) and line.endswith("(40, 50)")
 
@@ -272,7 +272,7 @@ def test_broken_weights_do_not_call_a_picture_good(folder: Path, tmp_path: Path)
     onnx.save(model, str(tmp_path / "broken.onnx"))
     detector = ExportedDetector(tmp_path / "broken.onnx")
     with pytest.raises(ValueError, match=r"broken\.onnx gave NaN for picture 0: its weights are broken"):
-        detector(PICTURES[1:3], batch_size=2)
+        detector(IMAGES[1:3], batch_size=2)
 
 
 def test_bad_thresholds(folder: Path) -> None:
@@ -283,7 +283,7 @@ def test_bad_thresholds(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pictures, arguments, cause",
+    "images, arguments, cause",
     [
         ([], {}, "at least one"),
         ("picture.png", {}, "open_image"),
@@ -292,14 +292,14 @@ def test_bad_thresholds(folder: Path) -> None:
         (np.zeros((3, 32, 32), np.uint8), {}, "make it"),
         (np.zeros((32, 32), np.int64), {}, "int64"),
         (np.zeros((8, 300), np.uint8), {}, "aspect ratio of at most 32"),
-        (PICTURES[0], {"batch_size": 17}, "1 ... 16"),
-        (PICTURES[0], {"output_type": "pt"}, "'pil' or 'np'"),
+        (IMAGES[0], {"batch_size": 17}, "1 ... 16"),
+        (IMAGES[0], {"output_type": "pt"}, "'pil' or 'np'"),
     ],
 )
-def test_bad_calls(folder: Path, pictures, arguments: dict, cause: str) -> None:
+def test_bad_calls(folder: Path, images, arguments: dict, cause: str) -> None:
     detector = ExportedDetector(folder / "d.onnx")
     with pytest.raises((TypeError, ValueError), match=cause):
-        detector(pictures, **arguments)
+        detector(images, **arguments)
 
 
 def test_bad_exports(pipe: DiffusionADPipeline, tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_command(pipe: DiffusionADPipeline, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "torch"])
     assert result.exit_code == 0 and "differs from the pipeline's" in result.output, result.output
     metadata = ExportedDetector(tmp_path / "new" / "model.pt2").metadata
-    assert metadata["licence"] == "cc-by-4.0" and metadata["model"] == "model" and metadata["image_threshold"] == 0.5
+    assert metadata["license"] == "cc-by-4.0" and metadata["model"] == "model" and metadata["image_threshold"] == 0.5
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"model.pt2", ".diffusionad"}
 
 
@@ -338,6 +338,6 @@ def test_a_pickled_detector_loads_its_file_again(file: Path) -> None:
     detector.pixel_threshold = None
     other = pickle.loads(pickle.dumps(detector))
     assert (other.image_threshold, other.pixel_threshold) == (0.25, None)
-    expected, output = detector(PICTURES[:1], output_type="np"), other(PICTURES[:1], output_type="np")
+    expected, output = detector(IMAGES[:1], output_type="np"), other(IMAGES[:1], output_type="np")
     np.testing.assert_allclose(output.anomaly_maps, expected.anomaly_maps, rtol=0, atol=1e-6)
     assert output.predicted_masks is None

@@ -12,7 +12,7 @@ from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.data.loading import export_parquet, load_anomaly_dataset
 from diffusionad_pipe.files.output_folder import OutputError
 from diffusionad_pipe.images.sources import find_rows
-from diffusionad_pipe.training.images import read_good_pictures
+from diffusionad_pipe.training.images import read_good_images
 from tests.helpers.script_processes import run_script
 from tests.helpers.small_data import write_small_data
 
@@ -34,7 +34,7 @@ def nowhere(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 READERS = [
     lambda folder: find_rows(folder),
     lambda folder: find_rows(f"{folder}/data/test-00000-of-00001.parquet"),
-    lambda folder: read_good_pictures(None, 32, dataset_name=folder),
+    lambda folder: read_good_images(None, 32, dataset_name=folder),
     lambda folder: load_anomaly_dataset(folder),
 ]
 
@@ -72,12 +72,12 @@ def test_a_data_set_that_is_broken_is_still_at_fault(tmp_path):
     with pytest.raises(ValueError, match="broken.parquet cannot be read as a dataset"):
         find_rows(str(tmp_path / "broken.parquet"))
     with pytest.raises(ValueError, match="missing.parquet: there is no such file"):
-        read_good_pictures(None, 32, dataset_name=str(tmp_path / "missing.parquet"))
+        read_good_images(None, 32, dataset_name=str(tmp_path / "missing.parquet"))
     with pytest.raises(ValueError, match="nothing cannot be read as a dataset"):
-        read_good_pictures(None, 32, dataset_name=str(tmp_path / "nothing"))
+        read_good_images(None, 32, dataset_name=str(tmp_path / "nothing"))
 
 
 def test_pictures_need_no_cache(nowhere, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", nowhere)
-    pictures = read_good_pictures(str(write_small_data(tmp_path / "pictures")), 32)
-    assert len(pictures.names) == 1
+    images = read_good_images(str(write_small_data(tmp_path / "pictures")), 32)
+    assert len(images.names) == 1

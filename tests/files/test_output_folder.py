@@ -93,10 +93,10 @@ def test_folders_appear_as_a_whole_and_are_deleted_but_for_what_was_added(tmp_pa
 
 
 def test_own_pictures_are_known_wherever_their_folder_is_moved_to(tmp_path: Path, caplog) -> None:
-    picture = Image.new("RGB", (8, 8))
-    picture.save(tmp_path / "photo.png")
+    image = Image.new("RGB", (8, 8))
+    image.save(tmp_path / "photo.png")
     with OutputFolder(tmp_path / "out", "predict") as folder:
-        folder.write("sub/a.png", picture.save)
+        folder.write("sub/a.png", image.save)
     shutil.copytree(tmp_path / "out", tmp_path / "copied")  # with other times of change
     (tmp_path / "link.png").symlink_to(tmp_path / "out" / "sub" / "a.png")
     assert tmp_path / "copied" / "sub" / "a.png" in OwnProducts()

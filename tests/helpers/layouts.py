@@ -19,7 +19,7 @@ def width(name: str) -> int:
     return 3 + sum(map(int, re.findall(r"\d", Path(name).stem))) % 20
 
 
-def pictures(root: Path, names: Iterable[str], mode: str = "RGB") -> None:
+def images(root: Path, names: Iterable[str], mode: str = "RGB") -> None:
     """Write shipped pictures under these names, each another one."""
     sources = sorted(HAZELNUT.rglob("*.jpg"))
     for name in names:
@@ -47,8 +47,8 @@ def numbered(folder: str, numbers: Iterable[int], end: str = ".png", digits: int
 def mvtec_ad(root: Path) -> None:
     for category, mode in (("bottle", "RGB"), ("screw", "L")):
         folder = root / category
-        pictures(folder, numbered("train/good", range(4)) + numbered("test/good", range(2)), mode)
-        pictures(folder, numbered("test/broken_large", (0, 1, 5)) + numbered("test/contamination", (0,)), mode)
+        images(folder, numbered("train/good", range(4)) + numbered("test/good", range(2)), mode)
+        images(folder, numbered("test/broken_large", (0, 1, 5)) + numbered("test/contamination", (0,)), mode)
         masks(folder, numbered("ground_truth/broken_large", (0, 1, 5), "_mask.png"))
         masks(folder, numbered("ground_truth/contamination", (0,), "_mask.png"))
         for name in ("license.txt", "readme.txt"):
@@ -57,23 +57,23 @@ def mvtec_ad(root: Path) -> None:
 
 def mpdd(root: Path) -> None:
     folder = root / "bracket_black"
-    pictures(folder, numbered("train/good", range(4)) + numbered("test/good", range(2)))
-    pictures(folder, numbered("test/hole", (3, 4)))
+    images(folder, numbered("train/good", range(4)) + numbered("test/good", range(2)))
+    images(folder, numbered("test/hole", (3, 4)))
     masks(folder, numbered("ground_truth/hole", (3, 4), "_mask.png"))
 
 
 def mvtec_ad_2(root: Path) -> None:
     folder = root / "can"
     for part in ("train/good", "validation/good", "test_public/good", "test_public/bad", "test_private"):
-        pictures(folder, numbered(part, (0, 2), "_regular.png"))
-    pictures(folder, numbered("test_private_mixed", (0,), "_mixed.png"))
+        images(folder, numbered(part, (0, 2), "_regular.png"))
+    images(folder, numbered("test_private_mixed", (0,), "_mixed.png"))
     masks(folder, numbered("test_public/ground_truth/bad", (0, 2), "_regular_mask.png"))
 
 
 def mvtec_3d(root: Path) -> None:
     folder = root / "bagel"
     for part in ("train/good", "validation/good", "test/good", "test/crack"):
-        pictures(folder, numbered(f"{part}/rgb", (0, 2)))
+        images(folder, numbered(f"{part}/rgb", (0, 2)))
         (folder / part / "xyz").mkdir()
         for number in (0, 2):
             Image.fromarray(np.zeros(SIZE[::-1], dtype=np.float32)).save(folder / part / "xyz" / f"{number:03}.tiff")
@@ -90,7 +90,7 @@ def visa(root: Path) -> None:
         normal = numbered(f"{category}/Data/Images/Normal", (3, 0, 2, 1, 7), ".JPG", 4)
         anomaly = numbered(f"{category}/Data/Images/Anomaly", (0, 12), ".JPG")
         marks = numbered(f"{category}/Data/Masks/Anomaly", (0, 12))
-        pictures(root, normal + anomaly)
+        images(root, normal + anomaly)
         masks(root, marks, value)
         rows += [(category, "train" if i < 3 else "test", "normal", name, "") for i, name in enumerate(normal)]
         rows += [(category, "test", "anomaly", name, mask) for name, mask in zip(anomaly, marks)]
@@ -102,22 +102,22 @@ def visa(root: Path) -> None:
 
 def visa_reorganised(root: Path) -> None:
     folder = root / "candle"
-    pictures(folder, numbered("train/good", range(3), ".JPG", 4) + numbered("test/good", (3, 4), ".JPG", 4))
-    pictures(folder, numbered("test/bad", (0, 12), ".JPG"))
+    images(folder, numbered("train/good", range(3), ".JPG", 4) + numbered("test/good", (3, 4), ".JPG", 4))
+    images(folder, numbered("test/bad", (0, 12), ".JPG"))
     masks(folder, numbered("ground_truth/bad", (0, 12)))
 
 
 def btad(root: Path) -> None:
-    for category, picture, mask in (("01", ".bmp", ".png"), ("02", ".png", ".png"), ("03", ".bmp", ".bmp")):
+    for category, image, mask in (("01", ".bmp", ".png"), ("02", ".png", ".png"), ("03", ".bmp", ".bmp")):
         for part in ("train/ok", "test/ok", "test/ko"):
-            pictures(root / category, numbered(part, (0, 4), picture, 4))
+            images(root / category, numbered(part, (0, 4), image, 4))
         masks(root / category, numbered("ground_truth/ko", (0, 4), mask, 4))
 
 
 def dagm(root: Path) -> None:
     for category in ("Class1", "Class10"):
         for part, first in (("Train", 576), ("Test", 1)):
-            pictures(root / category, numbered(part, range(first, first + 4), ".PNG", 4), "L")
+            images(root / category, numbered(part, range(first, first + 4), ".PNG", 4), "L")
             masks(root / category, numbered(f"{part}/Label", (first + 1,), "_label.PNG", 4))
             lines = [f"{i}\t{i == 1:d}\t{first + i:04}.PNG\t0\t0" for i in (0, 2, 3)]
             lines.insert(1, f"1\t1\t{first + 1:04}.PNG\t0\t{first + 1:04}_label.PNG")
@@ -126,7 +126,7 @@ def dagm(root: Path) -> None:
 
 def kolektor_sdd2(root: Path) -> None:
     for part, first in (("train", 10000), ("test", 20000)):
-        pictures(root, numbered(part, range(first, first + 4), digits=5))
+        images(root, numbered(part, range(first, first + 4), digits=5))
         masks(root, numbered(part, (first, first + 1, first + 3), "_GT.png", 5), marked=False)
         masks(root, numbered(part, (first + 2,), "_GT.png", 5))
 
@@ -134,14 +134,14 @@ def kolektor_sdd2(root: Path) -> None:
 def magnetic_tile(root: Path) -> None:
     for name, count in (("Free", 5), ("Blowhole", 2), ("Uneven", 1)):
         stems = [f"exp{index + 1}_num_{97 * index + 8}" for index in range(count)]
-        pictures(root, [f"MT_{name}/Imgs/{stem}.jpg" for stem in stems], "L")
+        images(root, [f"MT_{name}/Imgs/{stem}.jpg" for stem in stems], "L")
         masks(root, [f"MT_{name}/Imgs/{stem}.png" for stem in stems], marked=name != "Free")
 
 
 def plain(root: Path) -> None:
     """What a user makes: other suffixes, spaces, letters beyond ASCII, a palette, masks with and without `_mask`."""
-    pictures(root, ["train/good/gute Teile 1.png", "train/good/größe_2.jpg", "test/good/ok 3.png"])
-    pictures(root, ["test/Riß/stück 4.jpg", "test/Riß/stück 5.png"])
+    images(root, ["train/good/gute Teile 1.png", "train/good/größe_2.jpg", "test/good/ok 3.png"])
+    images(root, ["test/Riß/stück 4.jpg", "test/Riß/stück 5.png"])
     masks(root, ["ground_truth/Riß/stück 4.png", "ground_truth/Riß/stück 5_mask.png"], value=3)
     mask = Image.open(root / "ground_truth" / "Riß" / "stück 5_mask.png")
     mask.putpalette([0, 0, 0] + [90, 0, 0] * 255)  # every colour but the first marks, however dark

@@ -17,7 +17,7 @@ HEIGHT, WIDTH = 16, 24
 RNG = np.random.default_rng(0)
 LEVELS = RNG.integers(0, 65536, (HEIGHT, WIDTH, 4))  # of 16 bits
 SHADES = (LEVELS // 257).astype(np.uint8)
-RGB, RGBA, GREY = SHADES[..., :3], SHADES, SHADES[..., 0]
+RGB, RGBA, GRAY = SHADES[..., :3], SHADES, SHADES[..., 0]
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -82,14 +82,14 @@ def plain_tiff(bits: int, photometric: int | None, body: bytes, samples: int = 1
     return magic + struct.pack(f"{order}IH", 8, len(entries)) + table + bytes(4) + data + body
 
 
-def png(bits: int, colour: int, values: np.ndarray, size: tuple[int, int] = (WIDTH, HEIGHT), **chunks: bytes) -> bytes:
+def png(bits: int, color: int, values: np.ndarray, size: tuple[int, int] = (WIDTH, HEIGHT), **chunks: bytes) -> bytes:
     """A PNG of values `[h, w]` or `[h, w, c]` with chunks before its pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     rows = b"".join(b"\0" + packed_bits(row.reshape(1, -1), bits) for row in values)
-    header = struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", *size, bits, color, 0, 0, 0)
     extra = b"".join(chunk(kind.encode(), data) for kind, data in chunks.items())
     body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
@@ -101,10 +101,10 @@ def packed_bits(values: np.ndarray, bits: int) -> bytes:
     return np.packbits(ones.astype(np.uint8).reshape(len(values), -1), axis=1).tobytes()
 
 
-def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def on_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """What `[h, w, 3]` and an alpha `[h, w]` of 0 to 255 show."""
     share = alpha[..., None] / 255
-    return colours * share + 255 * (1 - share)
+    return colors * share + 255 * (1 - share)
 
 
 def scaled(values: np.ndarray, top: int) -> np.ndarray:
@@ -123,10 +123,10 @@ def tiffs() -> list[OddFile]:
                 refusal = "cannot read pixels of this kind" if (bits, photometric, end) == (16, 0, "big") else ""
                 content = plain_tiff(bits, photometric, body, order=order)
                 files.append(OddFile(f"{end}_{bits}_bits_{name}_is_zero.tif", content, shows, refusal))
-        floats = tiff((GREY / np.float32(255)).astype(f"{order}f4"), byteorder=order, photometric="minisblack")
-        files.append(OddFile(f"{end}_float.tif", floats, GREY))
-        packed = tiff((GREY / np.float32(255)).astype(f"{order}f4"), byteorder=order, compression="zlib")
-        files.append(OddFile(f"{end}_float_deflate.tif", packed, GREY))
+        floats = tiff((GRAY / np.float32(255)).astype(f"{order}f4"), byteorder=order, photometric="minisblack")
+        files.append(OddFile(f"{end}_float.tif", floats, GRAY))
+        packed = tiff((GRAY / np.float32(255)).astype(f"{order}f4"), byteorder=order, compression="zlib")
+        files.append(OddFile(f"{end}_float_deflate.tif", packed, GRAY))
         for depth, pixels in ((8, RGB), (16, RGB.astype("u2") * 257)):
             for planar in ("contig", "separate"):
                 stored = pixels if planar == "contig" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -134,45 +134,45 @@ def tiffs() -> list[OddFile]:
                     content = tiff(stored, photometric="rgb", planarconfig=planar, byteorder=order, compression=packing)
                     name = f"{end}_rgb_{depth}_{planar}_{packing}.tif"
                     files.append(OddFile(name, content, RGB))
-    white_is_zero = tiff((1 - GREY / np.float32(255)).astype("f4"), photometric="miniswhite")
+    white_is_zero = tiff((1 - GRAY / np.float32(255)).astype("f4"), photometric="miniswhite")
     twelve = LEVELS[..., 0] >> 4
     palette = RNG.integers(0, 256, (256, 3))
-    indexed = {tag: plain_tiff(8, 3, GREY.tobytes(), t320=(palette.T * tag).ravel().tolist()) for tag in (257, 1)}
+    indexed = {tag: plain_tiff(8, 3, GRAY.tobytes(), t320=(palette.T * tag).ravel().tolist()) for tag in (257, 1)}
     tiles = tiff(RGB.transpose(2, 0, 1).copy(), photometric="rgb", planarconfig="separate", tile=(16, 16))
     cmyk = np.asarray(Image.fromarray(RGBA.copy(), "CMYK").convert("RGB"))
     lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
-    plain_colour = Image.new("RGB", (WIDTH, HEIGHT), (200, 100, 50))
+    plain_color = Image.new("RGB", (WIDTH, HEIGHT), (200, 100, 50))
     alpha = RGBA[..., 3]
     files += [
-        OddFile("float_white_is_zero.tif", white_is_zero, GREY),
+        OddFile("float_white_is_zero.tif", white_is_zero, GRAY),
         OddFile("12_bits.tif", plain_tiff(12, 1, packed_bits(twelve, 12)), scaled(twelve, 4095)),
         OddFile(
-            "palette.tif", plain_tiff(8, 3, GREY.tobytes(), t320=(palette.T * 257).ravel().tolist()), palette[GREY]
+            "palette.tif", plain_tiff(8, 3, GRAY.tobytes(), t320=(palette.T * 257).ravel().tolist()), palette[GRAY]
         ),
-        OddFile("palette_8.tif", indexed[1], palette[GREY]),
+        OddFile("palette_8.tif", indexed[1], palette[GRAY]),
         OddFile("tiles_in_planes.tif", tiles, RGB),
         OddFile("cmyk.tif", plain_tiff(8, 5, RGBA.tobytes(), 4), cmyk),
-        OddFile("lab.tif", saved(ImageCms.applyTransform(plain_colour, lab), "TIFF"), np.asarray(plain_colour), "", 4),
+        OddFile("lab.tif", saved(ImageCms.applyTransform(plain_color, lab), "TIFF"), np.asarray(plain_color), "", 4),
         OddFile("alpha.tif", plain_tiff(8, 2, RGBA.tobytes(), 4, t338=2), on_white(RGB, alpha)),
         OddFile("no_alpha.tif", plain_tiff(8, 2, RGBA.tobytes(), 4, t338=0), RGB),
         OddFile("bigtiff.tif", tiff(RGB, photometric="rgb", bigtiff=True), RGB),
-        OddFile("fax.tif", saved(Image.fromarray(GREY > 99), "TIFF", compression="group4"), (GREY > 99) * 255),
+        OddFile("fax.tif", saved(Image.fromarray(GRAY > 99), "TIFF", compression="group4"), (GRAY > 99) * 255),
         OddFile("lzw.tif", saved(Image.fromarray(RGB), "TIFF", compression="tiff_lzw"), RGB),
-        OddFile("no_photometric.tif", plain_tiff(8, None, GREY.tobytes()), None, "PhotometricInterpretation"),
-        OddFile("signed_8.tif", plain_tiff(8, 1, GREY.tobytes(), t339=2), None, "SampleFormat 2"),
-        OddFile("signed_16.tif", tiff(GREY.astype("i2")), None, "SampleFormat 2"),
+        OddFile("no_photometric.tif", plain_tiff(8, None, GRAY.tobytes()), None, "PhotometricInterpretation"),
+        OddFile("signed_8.tif", plain_tiff(8, 1, GRAY.tobytes(), t339=2), None, "SampleFormat 2"),
+        OddFile("signed_16.tif", tiff(GRAY.astype("i2")), None, "SampleFormat 2"),
         OddFile("fourth_channel.tif", plain_tiff(8, 2, RGBA.tobytes(), 4), None, "ExtraSamples"),
         OddFile("inks.tif", plain_tiff(8, 5, RGBA.tobytes(), 4, t332=2), None, "InkSet 2"),
         OddFile("inverted_inks.tif", plain_tiff(8, 5, RGBA.tobytes(), 4, t336=[255, 0]), None, "DotRange"),
         OddFile("ycbcr.tif", plain_tiff(8, 6, RGB.tobytes(), 3, t530=[1, 1]), None, "YCbCr"),
-        OddFile("thumbnail.tif", plain_tiff(8, 1, GREY.tobytes(), t254=1), None, "NewSubfileType 1"),
-        OddFile("float64.tif", tiff(GREY / 255), None, "cannot read pixels of this kind"),
-        OddFile("float16.tif", tiff((GREY / 255).astype("f2")), None, "cannot read pixels of this kind"),
-        OddFile("five_bands.tif", plain_tiff(8, 1, np.dstack([RGBA, GREY]).tobytes(), 5), None, "pixels of this kind"),
-        OddFile("pages.tif", tiff(np.stack([GREY, GREY]), photometric="minisblack"), None, "several frames or pages"),
-        OddFile("float_255.tif", tiff(GREY.astype("f4")), None, "divide 0..255 by 255"),
-        OddFile("float_minus.tif", tiff(GREY / np.float32(128) - 1), None, "map [-1, 1]"),
-        OddFile("nan.tif", tiff(np.where(GREY[0, 0] == GREY, np.nan, 0.5).astype("f4")), None, "NaN"),
+        OddFile("thumbnail.tif", plain_tiff(8, 1, GRAY.tobytes(), t254=1), None, "NewSubfileType 1"),
+        OddFile("float64.tif", tiff(GRAY / 255), None, "cannot read pixels of this kind"),
+        OddFile("float16.tif", tiff((GRAY / 255).astype("f2")), None, "cannot read pixels of this kind"),
+        OddFile("five_bands.tif", plain_tiff(8, 1, np.dstack([RGBA, GRAY]).tobytes(), 5), None, "pixels of this kind"),
+        OddFile("pages.tif", tiff(np.stack([GRAY, GRAY]), photometric="minisblack"), None, "several frames or pages"),
+        OddFile("float_255.tif", tiff(GRAY.astype("f4")), None, "divide 0..255 by 255"),
+        OddFile("float_minus.tif", tiff(GRAY / np.float32(128) - 1), None, "map [-1, 1]"),
+        OddFile("nan.tif", tiff(np.where(GRAY[0, 0] == GRAY, np.nan, 0.5).astype("f4")), None, "NaN"),
         OddFile("int32.tif", tiff(LEVELS[..., 0].astype("i4") * 1000), None, "must lie in 0 ... 65535"),
         OddFile("int32_of_16_bits.tif", tiff(LEVELS[..., 0].astype("i4")), scaled(LEVELS[..., 0], 65535)),
     ]
@@ -198,7 +198,7 @@ def pngs() -> list[OddFile]:
             files.append(OddFile(f"palette_{bits}_trns.png", png(bits, 3, values, **stored), shows))
             stored.pop("tRNS")
             files.append(OddFile(f"palette_{bits}.png", png(bits, 3, values, **stored), palette[values]))
-    grey_alpha = np.dstack([GREY, RGBA[..., 3]])
+    gray_alpha = np.dstack([GRAY, RGBA[..., 3]])
     sixteen = png(16, 2, LEVELS[..., :3], tRNS=struct.pack(">3H", 1, 2, 3))
     text, turned = PngInfo(), Image.Exif()
     text.add_text("log", "x" * (2 << 20), zip=True)
@@ -209,9 +209,9 @@ def pngs() -> list[OddFile]:
         OddFile("rgb_16.png", png(16, 2, LEVELS[..., :3]), scaled(LEVELS[..., :3], 65535)),
         OddFile("rgba_16.png", png(16, 6, LEVELS), on_white(LEVELS[..., :3] / 257, LEVELS[..., 3] / 257)),
         OddFile("rgb_16_trns.png", sixteen, None, "tRNS of 16-bit colours"),
-        OddFile("grey_alpha.png", png(8, 4, grey_alpha), on_white(np.dstack([GREY] * 3), RGBA[..., 3])),
+        OddFile("grey_alpha.png", png(8, 4, gray_alpha), on_white(np.dstack([GRAY] * 3), RGBA[..., 3])),
         OddFile("rgba.png", png(8, 6, RGBA), on_white(RGB, RGBA[..., 3])),
-        OddFile("short_palette.png", png(8, 3, GREY, PLTE=bytes(30)), None, "palette lacks colours"),
+        OddFile("short_palette.png", png(8, 3, GRAY, PLTE=bytes(30)), None, "palette lacks colours"),
         OddFile("long_text.png", saved(image, "PNG", pnginfo=text), RGB),
         OddFile("long_profile.png", saved(image, "PNG", icc_profile=b"0" * 3_000_000), RGB),
         OddFile("turned.png", saved(image, "PNG", exif=turned), np.rot90(RGB, -1)),
@@ -253,8 +253,8 @@ def others() -> list[OddFile]:
     jpeg = saved(smooth, "JPEG", quality=95)
     webp = saved(Image.fromarray(RGBA), "WEBP", lossless=True, exact=True)
     return files + [
-        OddFile("bitmap.pnm", b"P4\n24 16\n" + np.packbits(GREY > 99, axis=1).tobytes(), (GREY <= 99) * 255),
-        OddFile("float.pgm", saved(Image.fromarray(GREY / np.float32(255)), "PPM"), GREY),
+        OddFile("bitmap.pnm", b"P4\n24 16\n" + np.packbits(GRAY > 99, axis=1).tobytes(), (GRAY <= 99) * 255),
+        OddFile("float.pgm", saved(Image.fromarray(GRAY / np.float32(255)), "PPM"), GRAY),
         OddFile("plain.bmp", saved(image, "BMP"), RGB),
         OddFile("palette.bmp", saved(image.quantize(16), "BMP"), np.asarray(image.quantize(16).convert("RGB"))),
         OddFile("no_transparency.bmp", b"BM" + header + bmp, RGB),
@@ -296,8 +296,8 @@ def odd_names() -> list[OddFile]:
         "größe.png", "gro\u0308ße.png", "日本.png", "🙂.png", "a\nb.png", "A.PNG", "a..png",
         f"{'n' * 200}.png", b"M\xfcnchen.png",
     ]  # fmt: skip
-    pictures = [np.roll(RGB, index + 1, axis=0 if index % 2 else 1) for index in range(len(names))]
-    return [OddFile(name, png(8, 2, picture), picture) for name, picture in zip(names, pictures)]
+    images = [np.roll(RGB, index + 1, axis=0 if index % 2 else 1) for index in range(len(names))]
+    return [OddFile(name, png(8, 2, image), image) for name, image in zip(names, images)]
 
 
 def write_odd_files(folder: Path) -> dict[str, OddFile]:

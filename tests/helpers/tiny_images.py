@@ -12,12 +12,12 @@ HEIGHT, WIDTH = 12, 16
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 UNIT = torch.from_numpy(PIXELS).permute(2, 0, 1).float() / 255  # [3, H, W]
-COLOUR = (200, 100, 50)
+COLOR = (200, 100, 50)
 
 
-def read(picture, height=HEIGHT, width=WIDTH, **options) -> torch.Tensor:
+def read(image, height=HEIGHT, width=WIDTH, **options) -> torch.Tensor:
     """Preprocess one picture: `[3, height, width]`."""
-    return DiffusionADImageProcessor(**options).preprocess(picture, height, width)[0][0]
+    return DiffusionADImageProcessor(**options).preprocess(image, height, width)[0][0]
 
 
 def stored(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:
@@ -27,11 +27,11 @@ def stored(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:
     return Image.open(file)
 
 
-def plain(mode: str, colour) -> Image.Image:
-    return Image.new(mode, (WIDTH, HEIGHT), colour)
+def plain(mode: str, color) -> Image.Image:
+    return Image.new(mode, (WIDTH, HEIGHT), color)
 
 
-def shade(picture: torch.Tensor) -> tuple[int, ...]:
+def shade(image: torch.Tensor) -> tuple[int, ...]:
     """The colour of a plain picture, 0 to 255."""
-    assert (picture == picture[:, :1, :1]).all()
-    return tuple((picture[:, 0, 0] * 255).round().int().tolist())
+    assert (image == image[:, :1, :1]).all()
+    return tuple((image[:, 0, 0] * 255).round().int().tolist())

@@ -19,7 +19,7 @@ from diffusionad_pipe.images.files import (
 )
 
 PIXELS = np.arange(16 * 20 * 3, dtype=np.uint16).reshape(16, 20, 3) % 251
-PICTURE = Image.fromarray(PIXELS.astype(np.uint8))
+IMAGE = Image.fromarray(PIXELS.astype(np.uint8))
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -37,27 +37,27 @@ def open_files() -> int:
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.ppm", "a.webp", "a.jp2"])
 def test_opens_lossless_formats_exactly(tmp_path, name):
     lossless = {"lossless": True} if name.endswith("webp") else {}
-    PICTURE.save(tmp_path / name, **lossless)
+    IMAGE.save(tmp_path / name, **lossless)
     assert np.array_equal(np.asarray(open_image(tmp_path / name)), PIXELS)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "GIF", "AVIF"])
 def test_opens_lossy_formats_whatever_the_suffix(tmp_path, kind):
-    PICTURE.save(tmp_path / "a.data", kind)
+    IMAGE.save(tmp_path / "a.data", kind)
     assert open_image(str(tmp_path / "a.data")).size == (20, 16)
 
 
 def test_the_first_image_of_a_phone_jpeg_counts(tmp_path):
     # Phones append previews and depths: Pillow calls such a JPEG an MPO with several frames.
     path = tmp_path / "phone.jpg"
-    PICTURE.save(path, "MPO", save_all=True, append_images=[PICTURE.resize((10, 8))])
+    IMAGE.save(path, "MPO", save_all=True, append_images=[IMAGE.resize((10, 8))])
     assert open_image(path).size == (20, 16)
 
 
 def test_keeps_the_exif_orientation_for_the_processor(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    PICTURE.save(tmp_path / "a.jpg", exif=exif)
+    IMAGE.save(tmp_path / "a.jpg", exif=exif)
     image = open_image(tmp_path / "a.jpg")
     assert image.size == (20, 16)
     assert image.getexif()[0x0112] == 6
@@ -67,7 +67,7 @@ def test_keeps_the_exif_orientation_for_the_processor(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"compression": "tiff_lzw"}, {"format": "GIF"}, {"format": "WEBP"}])
 def test_closes_the_file_after_success(tmp_path, options):
     path = tmp_path / "a.tif"
-    PICTURE.save(path, **options)
+    IMAGE.save(path, **options)
     before = open_files()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -146,7 +146,7 @@ def test_a_tiff_that_pillow_cannot_read_is_not_called_damaged(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
 def test_refuses_animations_and_pages(tmp_path, name):
-    PICTURE.save(tmp_path / name, save_all=True, append_images=[PICTURE.rotate(180)])
+    IMAGE.save(tmp_path / name, save_all=True, append_images=[IMAGE.rotate(180)])
     with pytest.raises(ImageFileError, match=r"several frames or pages; save the one"):
         open_image(tmp_path / name)
 
@@ -166,7 +166,7 @@ def test_refuses_a_missing_file_a_folder_and_a_pipe(tmp_path):
 def test_refuses_what_may_not_be_read(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    PICTURE.save(folder / "a.png")
+    IMAGE.save(folder / "a.png")
     (folder / "a.png").chmod(0)
     root = os.geteuid() == 0
     try:
@@ -201,7 +201,7 @@ def test_the_limit_is_ours_and_not_that_of_pillow(tmp_path):
         Image.new("1", (10_000, 9_500)).save(path)
         assert open_image(path).size == (10_000, 9_500)
     assert limit == Image.MAX_IMAGE_PIXELS
-    PICTURE.save(path)
+    IMAGE.save(path)
     assert open_image(path, max_pixels=320).size == (20, 16)
     with pytest.raises(ImageFileError, match="20 x 16 pixels are more than 319"):
         open_image(path, max_pixels=319)
@@ -224,8 +224,8 @@ def test_finds_pictures_recursively_and_sorted(tmp_path):
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
 def test_finds_every_suffix(tmp_path, suffix):
-    picture = touch(tmp_path / f"a{suffix.upper()}")
-    assert find_images(tmp_path) == [picture]
+    image = touch(tmp_path / f"a{suffix.upper()}")
+    assert find_images(tmp_path) == [image]
 
 
 def test_files_are_taken_as_given_in_order_and_once(tmp_path):
@@ -236,12 +236,12 @@ def test_files_are_taken_as_given_in_order_and_once(tmp_path):
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
-    picture = touch(tmp_path / "data" / "a.png")
+    image = touch(tmp_path / "data" / "a.png")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "circle").symlink_to(tmp_path / "data")
     assert find_images(tmp_path / "set") == [tmp_path / "set" / "linked" / "a.png"]
-    assert find_images(tmp_path / "data") == [picture]
+    assert find_images(tmp_path / "data") == [image]
 
 
 def test_refuses_missing_paths_and_folders_without_pictures(tmp_path):

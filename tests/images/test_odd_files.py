@@ -20,7 +20,7 @@ from diffusionad_pipe.evaluation.measuring import evaluate
 from diffusionad_pipe.export.detector import to_rgb_uint8
 from diffusionad_pipe.images.files import OR_RAISE_MAX_PIXELS, ImageFileError, shown
 from diffusionad_pipe.images.sources import from_file
-from diffusionad_pipe.training.images import read_good_pictures
+from diffusionad_pipe.training.images import read_good_images
 from diffusionad_pipe.training.preview import preview_synthesis
 from tests.helpers.odd_files import OddFile, write_odd_files
 from tests.helpers.tiny_pipeline import build_tiny_pipeline
@@ -101,8 +101,8 @@ def test_check_data_finds_them_all_before(odd: OddFolder) -> None:
 
 def test_training_and_its_preview_leave_out_the_same(odd: OddFolder, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    pictures = read_good_pictures(str(odd.folder), 16, max_unreadable=1)
-    assert set(pictures.names) == set(odd.paths) - set(odd.sentences)
+    images = read_good_images(str(odd.folder), 16, max_unreadable=1)
+    assert set(images.names) == set(odd.paths) - set(odd.sentences)
     messages = [record.getMessage().removeprefix("left out: ") for record in caplog.records]
     assert sentences_of(iter(messages), odd) == odd.sentences
     caplog.clear()
@@ -155,15 +155,15 @@ def test_pictures_in_memory_are_refused_with_the_same_sentence(odd: OddFolder) -
     for path, file in odd.paths.items():
         for read in (lambda one: DiffusionADImageProcessor().preprocess(one, 16, 16), to_rgb_uint8):
             try:
-                picture = Image.open(file)
+                image = Image.open(file)
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's own refusals
                 continue
             sentence = odd.sentences.get(path, "").removeprefix(f"{path}: ")
             if not sentence:
-                read(picture)
+                read(image)
                 continue
             with pytest.raises(ValueError) as caught:
-                read(picture)
+                read(image)
             assert str(caught.value) == sentence
 
 
@@ -191,7 +191,7 @@ def test_a_dataset_that_check_data_passes_trains_and_evaluates(
         shutil.copy(path, root / split / "good" / path.name)
     errors = [problem for problem in check_data(root) if problem.severity == "error"]
     assert [problem.message for problem in errors if "the same picture as" not in problem.message] == []
-    assert len(read_good_pictures(str(root), 16, max_unreadable=0).names) == len(readable) // 2
+    assert len(read_good_images(str(root), 16, max_unreadable=0).names) == len(readable) // 2
     pipe.save_pretrained(tmp_path / "model")
     (result,) = evaluate(tmp_path / "model", root, tmp_path / "out")
     assert result.failures == [] and len(result.rows) == len(readable) - len(readable) // 2

@@ -7,17 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusionad_pipe.image_processor import CONTOUR_COLOUR, _colourize
-from diffusionad_pipe.images.colors import COLOUR_SCALE
-from tests.helpers.tiny_images import COLOUR, HEIGHT, PIXELS, WIDTH
+from diffusionad_pipe.image_processor import CONTOUR_COLOR, _colorize
+from diffusionad_pipe.images.colors import COLOR_SCALE
+from tests.helpers.tiny_images import COLOR, HEIGHT, PIXELS, WIDTH
 
-TOP_COLOUR = tuple(bytes.fromhex(COLOUR_SCALE.split()[-1]))  # of a map that is 1
+TOP_COLOR = tuple(bytes.fromhex(COLOR_SCALE.split()[-1]))  # of a map that is 1
 
 
 def test_the_colour_scale_is_even_and_grows_lighter():
     to_oklab = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]])
     lms_to_lab = np.array([[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]])
-    encoded = _colourize(torch.linspace(0, 1, 11)[None])[:, 0].T.numpy()  # [11, 3]
+    encoded = _colorize(torch.linspace(0, 1, 11)[None])[:, 0].T.numpy()  # [11, 3]
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     lab = np.cbrt(linear @ to_oklab.T) @ lms_to_lab.T
     steps = np.linalg.norm(np.diff(lab, axis=0), axis=1)
@@ -30,7 +30,7 @@ def test_the_picture_is_unchanged_where_the_map_is_zero(processor):
     heat[3:6, 4:9] = 1
     drawn = np.asarray(processor.visualize_anomaly_map(PIXELS, heat))
     assert np.array_equal(drawn[heat == 0], PIXELS[heat == 0])
-    top = np.array(TOP_COLOUR)
+    top = np.array(TOP_COLOR)
     expected = (PIXELS[heat == 1].astype(float) + top) / 2
     assert np.abs(drawn[heat == 1] - expected).max() <= 1
 
@@ -64,7 +64,7 @@ def test_the_blend_grows_with_the_map_on_a_fixed_scale(processor):
 def test_every_kind_of_map(processor, heat):
     drawn = processor.visualize_anomaly_map(PIXELS, heat, opacity=1)
     assert drawn.mode == "RGB"
-    assert (np.asarray(drawn) == TOP_COLOUR).all()
+    assert (np.asarray(drawn) == TOP_COLOR).all()
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_drawing_refuses(processor, heat, options, message):
 
 
 def contour(drawn: Image.Image) -> np.ndarray:
-    return (np.asarray(drawn) == CONTOUR_COLOUR).all(-1)
+    return (np.asarray(drawn) == CONTOUR_COLOR).all(-1)
 
 
 def test_a_contour_is_the_inner_border_of_the_mask(processor):
@@ -143,18 +143,18 @@ def test_every_kind_of_mask(processor):
 def test_panels(processor, size):
     height, width = size
     scale = min(max(max(size), 256), 512) / max(size)
-    picture = Image.new("RGB", (width, height), COLOUR)
+    image = Image.new("RGB", (width, height), COLOR)
     heat = np.zeros(size, np.float32)
     mask = np.zeros(size, bool)
     mask[height // 2, width // 2] = True  # one pixel must survive the shrinking
-    panel = processor.panel(picture, Image.new("RGB", (20, 30), (0, 0, 255)), heat, mask, title="word " * 200)
+    panel = processor.panel(image, Image.new("RGB", (20, 30), (0, 0, 255)), heat, mask, title="word " * 200)
     assert panel.mode == "RGB"
     pixels = np.asarray(panel)
     area = round(height * scale) * round(width * scale)
     drawn = contour(panel).sum()
     assert drawn >= 1
     assert (pixels == (0, 0, 255)).all(-1).sum() == area
-    assert (pixels == COLOUR).all(-1).sum() == 2 * area - drawn
+    assert (pixels == COLOR).all(-1).sum() == 2 * area - drawn
     assert (pixels[:, :15] == 255).all()
     assert (pixels[:, -15:] == 255).all()
     assert panel.width <= 3 * 512 + 150

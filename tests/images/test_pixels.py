@@ -7,21 +7,21 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from tests.helpers.tiny_images import COLOUR, HEIGHT, PIXELS, RNG, UNIT, WIDTH, plain, read, shade, stored
+from tests.helpers.tiny_images import COLOR, HEIGHT, PIXELS, RNG, UNIT, WIDTH, plain, read, shade, stored
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBX", "RGBA", "YCbCr", "HSV"])
 def test_colour_modes(mode):
-    image = plain("RGB", COLOUR).convert(mode)
+    image = plain("RGB", COLOR).convert(mode)
     assert image.mode == mode
-    assert np.abs(np.subtract(shade(read(image)), COLOUR)).max() <= 2
+    assert np.abs(np.subtract(shade(read(image)), COLOR)).max() <= 2
 
 
 def test_cmyk_and_lab():
     assert shade(read(plain("CMYK", (0, 255, 255, 0)))) == (255, 0, 0)
     to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
-    lab = ImageCms.applyTransform(plain("RGB", COLOUR), to_lab)
-    assert np.abs(np.subtract(shade(read(lab)), COLOUR)).max() <= 2
+    lab = ImageCms.applyTransform(plain("RGB", COLOR), to_lab)
+    assert np.abs(np.subtract(shade(read(lab)), COLOR)).max() <= 2
 
 
 def test_a_cmyk_jpeg_is_not_inverted():
@@ -39,37 +39,37 @@ def test_grey_and_bilevel_modes():
 
 @pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0), (255, 0, 128)])
 def test_transparent_pixels_show_the_background(background):
-    clear, half = (*COLOUR, 0), (*COLOUR, 128)
+    clear, half = (*COLOR, 0), (*COLOR, 128)
     options = {"background": background}
     assert shade(read(plain("RGBA", clear), **options)) == background
-    assert shade(read(plain("RGBA", (*COLOUR, 255)), **options)) == COLOUR
-    mixed = np.array(COLOUR) * (128 / 255) + np.array(background) * (127 / 255)
+    assert shade(read(plain("RGBA", (*COLOR, 255)), **options)) == COLOR
+    mixed = np.array(COLOR) * (128 / 255) + np.array(background) * (127 / 255)
     for image in (plain("RGBA", half), plain("RGBA", half).convert("RGBa")):
         assert np.abs(np.subtract(shade(read(image, **options)), mixed)).max() <= 2
     for image in (plain("LA", (9, 0)), plain("LA", (9, 0)).convert("La"), plain("RGBA", clear).convert("PA")):
         assert shade(read(image, **options)) == background
-    assert shade(read(np.full((HEIGHT, WIDTH, 4), (*COLOUR, 0), np.uint8), **options)) == background
+    assert shade(read(np.full((HEIGHT, WIDTH, 4), (*COLOR, 0), np.uint8), **options)) == background
     assert shade(read(torch.zeros(4, HEIGHT, WIDTH), **options)) == background
 
 
 def test_palettes_give_their_colours_and_transparency():
     image = plain("P", 1)
-    image.putpalette([0, 0, 0, *COLOUR])
+    image.putpalette([0, 0, 0, *COLOR])
     image.putpixel((0, 0), 0)
     opaque = read(image)
-    assert shade(opaque[:, 1:]) == COLOUR
+    assert shade(opaque[:, 1:]) == COLOR
     assert shade(opaque[:, :1, :1]) == (0, 0, 0)
     for transparency in (0, b"\x00\xff"):
         reopened = stored(image, transparency=transparency)
         assert reopened.mode == "P"
         result = read(reopened)
         assert shade(result[:, :1, :1]) == (255, 255, 255)
-        assert shade(result[:, 1:]) == COLOUR
+        assert shade(result[:, 1:]) == COLOR
 
 
-@pytest.mark.parametrize(("mode", "colour"), [("RGB", COLOUR), ("L", 9), ("1", 0)])
-def test_a_transparent_colour_shows_the_background(mode, colour):
-    image = stored(plain(mode, colour), transparency=colour)
+@pytest.mark.parametrize(("mode", "color"), [("RGB", COLOR), ("L", 9), ("1", 0)])
+def test_a_transparent_colour_shows_the_background(mode, color):
+    image = stored(plain(mode, color), transparency=color)
     assert image.mode == mode
     assert shade(read(image)) == (255, 255, 255)
 

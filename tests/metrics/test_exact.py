@@ -20,12 +20,12 @@ from diffusionad_pipe.metrics.exact import (
     reference_au_pro,
 )
 from diffusionad_pipe.metrics.operating_points import OperatingPoints
-from diffusionad_pipe.metrics.scored_images import check_pictures
+from diffusionad_pipe.metrics.scored_images import check_images
 
 EIGHT_CONNECTED = np.ones((3, 3))
 
 
-def pictures(seed: int, scores: str, defects: str) -> tuple[np.ndarray, np.ndarray]:
+def images(seed: int, scores: str, defects: str) -> tuple[np.ndarray, np.ndarray]:
     """Three maps and their masks, `[3, 12, 12]`: the first has defects, the last has none."""
     random = np.random.RandomState(seed)
     masks = np.zeros((3, 12, 12), dtype=bool)
@@ -51,8 +51,8 @@ def pictures(seed: int, scores: str, defects: str) -> tuple[np.ndarray, np.ndarr
     return maps.astype(random.choice(["float32", "float64"])), masks
 
 
-any_pictures = st.builds(
-    pictures,
+any_images = st.builds(
+    images,
     st.integers(0, 10**6),
     st.sampled_from(["random", "tied", "constant", "squeezed", "negative"]),
     st.sampled_from(["noise", "tiny", "hole", "touching"]),
@@ -105,7 +105,7 @@ def literal_reference_au_pro(maps: np.ndarray, masks: np.ndarray, limit: float) 
 
 
 @settings(max_examples=40, deadline=None)
-@given(any_pictures)
+@given(any_images)
 def test_metrics_are_scikit_learns(case: tuple[np.ndarray, np.ndarray]) -> None:
     maps, masks = case
     metrics = evaluate_maps(maps, masks)
@@ -116,7 +116,7 @@ def test_metrics_are_scikit_learns(case: tuple[np.ndarray, np.ndarray]) -> None:
     best = np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12))
     assert metrics["pixel_f1_max"] == pytest.approx(best, abs=1e-9)
     assert metrics["pixel_f1_max"] == pytest.approx(f1_max(labels, scores)[0], abs=1e-9)
-    called = scores >= rank_pixels(check_pictures(maps, masks)).f1_max_threshold()
+    called = scores >= rank_pixels(check_images(maps, masks)).f1_max_threshold()
     assert metrics["pixel_f1_max"] == pytest.approx(2 * (called & labels).sum() / (called.sum() + labels.sum()))
 
     image_scores, image_labels = maps[:, :, 3].ravel().astype(float), masks[:, 3, :].any(axis=0).repeat(3)
@@ -128,7 +128,7 @@ def test_metrics_are_scikit_learns(case: tuple[np.ndarray, np.ndarray]) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(case=any_pictures, limit=st.sampled_from([0.05, 0.3, 1.0]))
+@given(case=any_images, limit=st.sampled_from([0.05, 0.3, 1.0]))
 # The curve rises straight up at the limit.
 @example(case=(np.array([[[3, 2, 1, 0, 0]]]), np.array([[[0, 1, 0, 1, 0]]], dtype=bool)), limit=1 / 3)
 def test_au_pro_is_exact(case: tuple[np.ndarray, np.ndarray], limit: float) -> None:
@@ -149,7 +149,7 @@ def test_au_pro_special_cases() -> None:
 
 
 @settings(max_examples=6, deadline=None)
-@given(case=any_pictures, limit=st.sampled_from([0.05, 0.3]))
+@given(case=any_images, limit=st.sampled_from([0.05, 0.3]))
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
 def test_the_reference_follows_the_authors_procedure(case: tuple[np.ndarray, np.ndarray], limit: float) -> None:
     expected = literal_reference_au_pro(*case, limit)
@@ -219,7 +219,7 @@ def test_evaluate_maps() -> None:
 
 @pytest.mark.parametrize("method", ["exact", "streaming", "reference"])
 def test_tensors_give_what_arrays_give(method: str) -> None:
-    maps, masks = pictures(0, "random", "hole")
+    maps, masks = images(0, "random", "hole")
     scores = maps.max(axis=(1, 2))
     expected = evaluate_maps(maps, masks, scores, method=method)
     maps.flags.writeable = False  # as pictures read by Pillow are
@@ -304,11 +304,11 @@ def test_bad_input() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(any_pictures)
+@given(any_images)
 def test_curves_have_the_areas_of_the_metrics(case: tuple[np.ndarray, np.ndarray]) -> None:
     maps, masks = case
     metrics = evaluate_maps(maps, masks, fpr_limits=[1.0])
-    points = rank_pixels(check_pictures(maps, masks))
+    points = rank_pixels(check_images(maps, masks))
     fpr, tpr = points.roc_curve()
     assert np.trapezoid(tpr, fpr) == pytest.approx(metrics["pixel_auroc"], abs=1e-3)
     fpr, pro = points.pro_curve()
@@ -328,11 +328,11 @@ def test_long_curves_are_thinned() -> None:
     masks[:2, 40:80, 40:90] = True
     maps = random.rand(4, 128, 128) + 0.3 * masks
     metrics = evaluate_maps(maps, masks, fpr_limits=[1.0])
-    points = rank_pixels(check_pictures(maps, masks))
+    points = rank_pixels(check_images(maps, masks))
     for x, y in curves(points):
         assert 250 < len(x) == len(y) <= 500
         assert x[0] == 0 and x[-1] == pytest.approx(1) and (np.diff(x) >= 0).all()
     assert np.trapezoid(*points.roc_curve()[::-1]) == pytest.approx(metrics["pixel_auroc"], abs=1e-3)
     assert np.trapezoid(*points.pro_curve()[::-1]) == pytest.approx(metrics["au_pro_1.00"], abs=1e-3)
-    for curve in curves(rank_pixels(check_pictures(maps[2:], masks[2:]))):
+    for curve in curves(rank_pixels(check_images(maps[2:], masks[2:]))):
         assert len(curve[0]) == len(curve[1]) == 0

@@ -84,7 +84,7 @@ def test_bins_keep_the_order(scores: list[float]) -> None:
     assert score_bins(torch.tensor([-0.0])) == score_bins(torch.tensor([0.0]))
 
 
-def random_pictures(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def random_images(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     random = np.random.RandomState(3)
     masks = random.rand(count, 24, 20) < 0.1
     masks[::3] = False
@@ -93,7 +93,7 @@ def random_pictures(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_merging_is_one_pass() -> None:
-    maps, masks, scores = random_pictures(30)
+    maps, masks, scores = random_images(30)
     expected = evaluate_maps(maps, masks, scores, method="streaming")
     one_by_one, first, second, empty = (StreamingAnomalyMetrics() for _ in range(4))
     for anomaly_map, mask, score in zip(maps, masks, scores):
@@ -103,7 +103,7 @@ def test_merging_is_one_pass() -> None:
     second.update(torch.tensor(maps[:19]), list(masks[:19]), scores[:19], [int(mask.any()) for mask in masks[:19]])
     first.merge(second)
     first.merge(empty)
-    assert first.compute() == expected and first.pictures == 30
+    assert first.compute() == expected and first.images == 30
     empty.merge(first)
     assert empty.compute() == expected
 
@@ -112,7 +112,7 @@ def test_merging_is_one_pass() -> None:
 @given(st.permutations(range(12)), st.lists(st.integers(0, 12), max_size=3))
 def test_neither_order_nor_shares_change_a_bit(order: list[int], cuts: list[int]) -> None:
     """As with any number of processes: each counts a share, and the shares are merged."""
-    maps, masks, scores = random_pictures(12)
+    maps, masks, scores = random_images(12)
     expected = evaluate_maps(maps, masks, scores, method="streaming")
     merged = StreamingAnomalyMetrics()
     bounds = [0, *sorted(cuts), 12]
@@ -125,7 +125,7 @@ def test_neither_order_nor_shares_change_a_bit(order: list[int], cuts: list[int]
 
 
 def test_the_threshold_of_the_best_f1_is_the_lowest_score_of_its_bin() -> None:
-    maps, masks, _ = random_pictures(6)
+    maps, masks, _ = random_images(6)
     streaming = StreamingAnomalyMetrics()
     streaming.update(maps, masks)
     called = maps >= streaming.operating_points().f1_max_threshold()
@@ -135,7 +135,7 @@ def test_the_threshold_of_the_best_f1_is_the_lowest_score_of_its_bin() -> None:
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
 def test_pictures_without_mask_or_score() -> None:
-    maps, masks, scores = random_pictures(9)
+    maps, masks, scores = random_images(9)
     streaming = StreamingAnomalyMetrics(fpr_limits=[0.1])
     streaming.update(maps, masks)
     pixels = streaming.compute()
@@ -149,7 +149,7 @@ def test_pictures_without_mask_or_score() -> None:
 
 
 def test_bad_pictures_are_named_and_not_counted() -> None:
-    maps, masks, scores = random_pictures(5)
+    maps, masks, scores = random_images(5)
     streaming = StreamingAnomalyMetrics()
     streaming.update(maps, masks, scores)
     expected = streaming.compute()
@@ -159,7 +159,7 @@ def test_bad_pictures_are_named_and_not_counted() -> None:
         streaming.update(broken, masks, scores)
     with pytest.raises(ValueError, match="picture 5 has no mask"):
         streaming.update(maps[0], None, 0.5)
-    assert streaming.compute() == expected and streaming.pictures == 5
+    assert streaming.compute() == expected and streaming.images == 5
 
 
 def test_without_pictures_everything_is_nan() -> None:
@@ -170,7 +170,7 @@ def test_without_pictures_everything_is_nan() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_tensors_are_binned_on_their_device() -> None:
-    maps, masks, scores = random_pictures(9)
+    maps, masks, scores = random_images(9)
     tensors = [torch.tensor(a).cuda() for a in (maps, masks, scores)]
     for method in ("exact", "streaming", "reference"):
         assert evaluate_maps(*tensors, method=method) == evaluate_maps(maps, masks, scores, method=method)

@@ -47,7 +47,7 @@ def model(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     """Nine pictures and a broken one."""
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -58,15 +58,15 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def test_two_processes_give_the_table_of_one(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_table_of_one(model: Path, images: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = ["predict", "--model", str(model), "--batch-size", "2", "--output"]
-    result = CliRunner().invoke(app, [*arguments, str(one), str(pictures), "--parquet"])
+    result = CliRunner().invoke(app, [*arguments, str(one), str(images), "--parquet"])
     assert result.exit_code == 1 and "9 judged" in result.output, result.output
     # An earlier run was interrupted after a picture in the middle.
-    CliRunner().invoke(app, [*arguments, str(two), str(pictures / "4.png")])
+    CliRunner().invoke(app, [*arguments, str(two), str(images / "4.png")])
     written = (two / "4.png").stat().st_mtime_ns
-    done = launch(two, pictures, "--model", model, "--parquet")
+    done = launch(two, images, "--model", model, "--parquet")
     assert "1 of 10 pictures were judged before" in done.stdout and done.stdout.count("9 judged") == 1, done.stderr
     assert done.stdout.count("HTML page") == 1
     assert done.returncode == 1 and "exitcode  : 1" in done.stderr
@@ -88,9 +88,9 @@ def test_two_processes_give_the_table_of_one(model: Path, pictures: Path, tmp_pa
     assert len(list(two.glob("*.jsonl"))) == 1
 
 
-def test_two_processes_are_bit_identical_to_one_on_a_dataset(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_two_processes_are_bit_identical_to_one_on_a_dataset(model: Path, images: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    files = [{"image": {"bytes": (pictures / f"{index}.png").read_bytes(), "path": None}} for index in range(7)]
+    files = [{"image": {"bytes": (images / f"{index}.png").read_bytes(), "path": None}} for index in range(7)]
     rows = datasets.Dataset.from_list(files).cast_column("image", datasets.Image())
     rows.to_parquet(tmp_path / "rows.parquet")
     tables = []
@@ -141,8 +141,8 @@ def test_even_shares() -> None:
 
 
 @pytest.mark.slow
-def test_watching_takes_one_process(model: Path, pictures: Path, tmp_path: Path) -> None:
-    done = launch(tmp_path / "out", pictures, "--model", model, "--watch")
+def test_watching_takes_one_process(model: Path, images: Path, tmp_path: Path) -> None:
+    done = launch(tmp_path / "out", images, "--model", model, "--watch")
     assert "--watch is for one process" in done.stderr
     assert done.returncode == 1 and "exitcode  : 2" in done.stderr  # accelerate knows no other failure than 1
     assert not (tmp_path / "out").exists()
@@ -150,10 +150,10 @@ def test_watching_takes_one_process(model: Path, pictures: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_running_out_of_memory_names_the_batch_size(
-    tiny_pipeline: DiffusionADPipeline, pictures: Path, tmp_path: Path
+    tiny_pipeline: DiffusionADPipeline, images: Path, tmp_path: Path
 ) -> None:
     tiny_pipeline.register_to_config(image_size=8192)
     tiny_pipeline.save_pretrained(tmp_path / "huge")
-    arguments = ["predict", pictures, "--model", tmp_path / "huge", "--output", tmp_path / "out"]
+    arguments = ["predict", images, "--model", tmp_path / "huge", "--output", tmp_path / "out"]
     done = run_script([DIFFUSIONAD, *arguments], ENVIRONMENT, {resource.RLIMIT_AS: 6 * 2**30})
     assert done.returncode == 1 and "out of memory with --batch-size 8: use a lower" in done.stderr, done.stderr

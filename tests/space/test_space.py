@@ -90,8 +90,8 @@ def test_other_thresholds_change_verdict_and_mask_on_the_same_score(client):
 
 
 def test_no_picture_is_no_result(client):
-    verdict, *pictures, _ = client.predict(None, api_name="/detect")
-    assert verdict["verdict"] == "No result yet" and pictures == [None, None, None]
+    verdict, *images, _ = client.predict(None, api_name="/detect")
+    assert verdict["verdict"] == "No result yet" and images == [None, None, None]
     assert client.predict(0.5, 0.5, api_name="/decide")[0]["verdict"] == "No result yet"
     assert client.predict(api_name="/explain") == (None,) * 5
     for endpoint, arguments in (("/files", (0.5, 0.5)), ("/batch_csv", ()), ("/batch", (None, "tiny", *DEFAULTS))):
@@ -108,8 +108,8 @@ def test_two_visitors_get_their_own_results(client, server, tmp_path):
     scores = [job.result()[0]["score"] for job in (one, two)]
     assert scores[0] != scores[1]
     for visitor, score, size in ((client, scores[0], (512, 512)), (other, scores[1], (300, 200))):
-        verdict, picture, _ = visitor.predict(0.5, 0.5, api_name="/decide")
-        assert verdict["score"] == score and Image.open(picture).size == size
+        verdict, image, _ = visitor.predict(0.5, 0.5, api_name="/decide")
+        assert verdict["score"] == score and Image.open(image).size == size
 
 
 def test_files_are_those_of_the_pipeline(client, folder, tmp_path):
@@ -133,10 +133,10 @@ def test_files_are_those_of_the_pipeline(client, folder, tmp_path):
 
 def test_explain_shows_five_different_pictures(client):
     client.predict(handle_file(EXAMPLE), api_name="/detect")
-    pictures = [np.asarray(Image.open(path)) for path in client.predict(api_name="/explain")]
-    assert [picture.shape for picture in pictures] == [(64, 64, 3)] * 5
-    assert len({picture.tobytes() for picture in pictures}) == 5
-    assert pictures[1].std() > pictures[0].std() > pictures[4].std()  # large noise, small noise, none
+    images = [np.asarray(Image.open(path)) for path in client.predict(api_name="/explain")]
+    assert [image.shape for image in images] == [(64, 64, 3)] * 5
+    assert len({image.tobytes() for image in images}) == 5
+    assert images[1].std() > images[0].std() > images[4].std()  # large noise, small noise, none
 
 
 def test_batch(client, tmp_path):
@@ -253,8 +253,8 @@ def test_a_disk_that_takes_no_files_is_a_sentence(client, folder):
 def test_files_of_the_server_cannot_be_asked_for(client, server, folder):
     outside = folder / "outside.png"
     Image.new("RGB", (64, 64)).save(outside)
-    picture = {"path": str(outside), "meta": {"_type": "gradio.FileData"}}
-    response = httpx.post(f"{server}/gradio_api/call/detect", json={"data": [picture, "tiny", *DEFAULTS]})
+    image = {"path": str(outside), "meta": {"_type": "gradio.FileData"}}
+    response = httpx.post(f"{server}/gradio_api/call/detect", json={"data": [image, "tiny", *DEFAULTS]})
     event = response.json()["event_id"]
     answer = httpx.get(f"{server}/gradio_api/call/detect/{event}", timeout=START_SECONDS).text
     assert answer.startswith("event: error") and "complete" not in answer

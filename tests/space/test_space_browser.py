@@ -24,7 +24,7 @@ expect = playwright.expect
 expect.set_options(timeout=1000 * START_SECONDS)
 
 DEFECTIVE, GOOD = EXAMPLES / "hazelnut_defective_1.jpg", EXAMPLES / "hazelnut_good_1.jpg"
-TEST_PICTURES = sorted((ROOT / "training" / "data" / "hazelnut_toy" / "hazelnut" / "test").rglob("*.jpg"))
+TEST_IMAGES = sorted((ROOT / "training" / "data" / "hazelnut_toy" / "hazelnut" / "test").rglob("*.jpg"))
 TABS = ("One picture", "Many pictures", "How it works", "Learn")
 
 
@@ -123,16 +123,16 @@ def test_thresholds_change_verdict_and_mask_without_the_model(visitor: Visitor) 
     visitor.expect_verdict("Defective")
     boxes = visitor.page.locator(".results:visible").get_by_role("gridcell").filter(has_text="×")
     expect(boxes).not_to_have_count(0)
-    pictures = [contours(visitor)]
+    images = [contours(visitor)]
     visitor.calls.clear()
     visitor.page.get_by_role("button", name="Advanced").click()
     for label, value in (("Decision threshold", "0.99"), ("Mask threshold", "0.05")):
         visitor.type_number(label, value)
     visitor.expect_verdict("Looks good")
-    expect(visitor.page.get_by_role("img", name="Contours of the defects")).not_to_have_attribute("src", pictures[0])
-    pictures.append(contours(visitor))
+    expect(visitor.page.get_by_role("img", name="Contours of the defects")).not_to_have_attribute("src", images[0])
+    images.append(contours(visitor))
     boxes.first.click()  # frames the region
-    expect(visitor.page.get_by_role("img", name="Contours of the defects")).not_to_have_attribute("src", pictures[1])
+    expect(visitor.page.get_by_role("img", name="Contours of the defects")).not_to_have_attribute("src", images[1])
     assert set(visitor.calls) == {"decide", "choose_region"}
     # The handle is moved by keys, and by dragging, too.
     visitor.page.get_by_label("range slider for Decision threshold").focus()
@@ -145,18 +145,18 @@ def test_the_steps_between_are_five_pictures(visitor: Visitor) -> None:
     visitor.upload(DEFECTIVE)
     visitor.expect_verdict("Defective")
     visitor.open("How it works")
-    pictures = visitor.page.locator(".image-frame:visible img")
-    expect(pictures).to_have_count(5)
-    names = pictures.evaluate_all("all => all.map(i => i.alt)")
+    images = visitor.page.locator(".image-frame:visible img")
+    expect(images).to_have_count(5)
+    names = images.evaluate_all("all => all.map(i => i.alt)")
     assert names == ["Small noise", "Large noise", "From small noise", "From large noise", "Guided"]
-    assert len(set(pictures.evaluate_all("all => all.map(i => i.src)"))) == 5
+    assert len(set(images.evaluate_all("all => all.map(i => i.src)"))) == 5
 
 
 def test_a_batch_of_23_with_a_broken_file(visitor: Visitor, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(TEST_PICTURES[0].read_bytes()[:5000])
-    named = [tmp_path / f"{path.parent.name}_{path.name}" for path in TEST_PICTURES[1:]]
-    for path, source in zip(named, TEST_PICTURES[1:]):
+    broken.write_bytes(TEST_IMAGES[0].read_bytes()[:5000])
+    named = [tmp_path / f"{path.parent.name}_{path.name}" for path in TEST_IMAGES[1:]]
+    for path, source in zip(named, TEST_IMAGES[1:]):
         shutil.copy(source, path)
     visitor.upload_many([*named[:11], broken, *named[11:]])
     progress = visitor.page.get_by_label("Progress")
@@ -220,8 +220,8 @@ def test_a_wrong_file_is_a_sentence_and_the_page_goes_on(visitor: Visitor, folde
 
 def test_two_visitors_at_once(browser: "playwright.Browser", address: str) -> None:
     visitors = Visitor(browser, address), Visitor(browser, address)
-    for visitor, picture in zip(visitors, (DEFECTIVE, GOOD)):
-        visitor.upload(picture)
+    for visitor, image in zip(visitors, (DEFECTIVE, GOOD)):
+        visitor.upload(image)
     for visitor, verdict in zip(visitors, ("Defective", "Looks good")):
         visitor.expect_verdict(verdict)
         visitor.close()
@@ -230,7 +230,7 @@ def test_two_visitors_at_once(browser: "playwright.Browser", address: str) -> No
 def test_a_closed_tab_ends_its_batch(browser: "playwright.Browser", address: str, folder: Path) -> None:
     with zipfile.ZipFile(folder / "parts.zip", "w") as archive:
         for number in range(8):
-            for path in TEST_PICTURES:
+            for path in TEST_IMAGES:
                 archive.write(path, f"{number}/{path.parent.name}/{path.name}")
     leaving = Visitor(browser, address)
     leaving.upload_many([folder / "parts.zip"])
@@ -276,11 +276,11 @@ def test_sliders_between_pictures_obey_the_arrow_keys(visitor: Visitor) -> None:
     visitor.upload(DEFECTIVE)
     visitor.expect_verdict("Defective")
     handle = visitor.page.get_by_role("slider", name="Boundary between picture and heatmap")
-    pictures = handle.locator("xpath=..").locator("img")
-    expect(pictures).to_have_count(2)
-    for picture in pictures.all():  # the boundary finds its place only when both have arrived
-        expect(picture).to_have_js_property("complete", True)
-        expect(picture).not_to_have_js_property("naturalWidth", 0)
+    images = handle.locator("xpath=..").locator("img")
+    expect(images).to_have_count(2)
+    for image in images.all():  # the boundary finds its place only when both have arrived
+        expect(image).to_have_js_property("complete", True)
+        expect(image).not_to_have_js_property("naturalWidth", 0)
     expect(handle).to_have_attribute("aria-valuenow", "50")
     handle.press("ArrowRight")
     expect(handle).to_have_attribute("aria-valuenow", "55")

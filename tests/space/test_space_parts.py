@@ -18,7 +18,7 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install diffu
 import batch as batch_module
 import detection as detection_module
 from batch import BatchRow, examine_batch, to_csv
-from detection import Settings, judge, resize_map, run_model
+from detection import Settings, apply_thresholds, resize_map, run_model
 from model_menu import load_model, read_menu, read_model_card
 from server_settings import read_server_settings
 
@@ -136,10 +136,10 @@ def test_a_batch_ends_in_time_or_when_it_is_left(tmp_path):
 
 
 def test_a_batch_while_the_disk_is_full(tmp_path, monkeypatch):
-    archive, picture = zip_of(tmp_path / "a.zip", {"a.png": b"1"}), tmp_path / "b.png"
-    picture.write_bytes(b"2")
-    monkeypatch.setattr(tempfile, "tempdir", str(picture))  # no folder, so that nothing can be made in it
-    result = run(archive, picture)
+    archive, image = zip_of(tmp_path / "a.zip", {"a.png": b"1"}), tmp_path / "b.png"
+    image.write_bytes(b"2")
+    monkeypatch.setattr(tempfile, "tempdir", str(image))  # no folder, so that nothing can be made in it
+    result = run(archive, image)
     assert [r.name for r in result.rows] == ["b.png"]
     [(name, reason)] = result.problems
     assert name == "a.zip/a.png" and "no room for files" in reason and str(tmp_path) not in reason
@@ -270,14 +270,14 @@ def test_a_chosen_region_is_framed_and_small_ones_are_seen(tiny_pipeline, tmp_pa
     found = run_model(tiny_pipeline, "tiny", str(tmp_path / "large.png"), "large.png", SETTINGS)
     assert found.size == (1000, 1600) and found.shown.size == (768, 480)
     threshold = resize_map(tiny_pipeline, found, found.size).max().item() - 1e-4
-    plain = judge(tiny_pipeline, found, 0.5, threshold)
-    framed = judge(tiny_pipeline, found, 0.5, threshold, chosen=1)
+    plain = apply_thresholds(tiny_pipeline, found, 0.5, threshold)
+    framed = apply_thresholds(tiny_pipeline, found, 0.5, threshold, chosen=1)
     assert len(plain.regions) >= 1 and plain.regions == framed.regions
     left, top, right, bottom = (side * 0.48 for side in plain.regions[0].box)
-    changed = np.argwhere(np.asarray(plain.picture) != np.asarray(framed.picture))[:, :2]
+    changed = np.argwhere(np.asarray(plain.image) != np.asarray(framed.image))[:, :2]
     assert len(changed)
     (low_y, low_x), (high_y, high_x) = changed.min(0), changed.max(0)
     assert low_x <= left and high_x >= min(right, 767) - 1 and low_y <= top and high_y >= min(bottom, 479) - 1
     buffer = io.BytesIO()
-    plain.picture.save(buffer, "PNG")
-    assert np.any(np.asarray(plain.picture) != np.asarray(found.shown))
+    plain.image.save(buffer, "PNG")
+    assert np.any(np.asarray(plain.image) != np.asarray(found.shown))

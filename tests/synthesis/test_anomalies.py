@@ -27,12 +27,12 @@ def generators(count: int, seed: int = 0) -> list[torch.Generator]:
     return [sample_generator(seed, index) for index in range(count)]
 
 
-def pictures(count: int, size: int = 64, seed: int = 0) -> torch.Tensor:
+def make_images(count: int, size: int = 64, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=sample_generator(seed))
 
 
 def textures(size: int = 64) -> torch.Tensor:
-    return (pictures(2, size, 9) * 255).byte()
+    return (make_images(2, size, 9) * 255).byte()
 
 
 def test_a_generator_is_a_function_of_its_key() -> None:
@@ -68,7 +68,7 @@ def test_perlin_noise_of_a_batch_is_that_of_each() -> None:
 
 
 def test_rotation_by_right_angles_is_exact() -> None:
-    image = pictures(2, 16)
+    image = make_images(2, 16)
     torch.testing.assert_close(rotate(image, torch.zeros(2)), image, rtol=0, atol=1e-5)
     turned = rotate(image, torch.tensor([90.0, -90.0]))
     torch.testing.assert_close(rotate(turned, torch.tensor([-90.0, 90.0])), image, rtol=0, atol=1e-5)
@@ -102,7 +102,7 @@ def test_coarse_masks_are_few_large_blobs_and_fine_ones_many() -> None:
 
 @pytest.mark.parametrize("augmenter", AUGMENTERS, ids=lambda function: function.__name__)
 def test_augmenters(augmenter) -> None:
-    images = pictures(1).expand(8, -1, -1, -1)
+    images = make_images(1).expand(8, -1, -1, -1)
     results = augmenter(images, generators(8))
     assert results.shape == images.shape and results.isfinite().all()
     assert results.min() >= -1e-6 and results.max() <= 1 + 1e-6
@@ -111,7 +111,7 @@ def test_augmenters(augmenter) -> None:
 
 
 def test_three_augmenters_are_applied() -> None:
-    outputs = augment(pictures(1).expand(20, -1, -1, -1), generators(20))
+    outputs = augment(make_images(1).expand(20, -1, -1, -1), generators(20))
     assert len({round(output.mean().item(), 5) for output in outputs}) > 15
 
 
@@ -130,13 +130,13 @@ def test_procedural_textures_go_from_noise_to_plain_colour() -> None:
     assert made.shape == (200, 3, 48, 64) and made.min() >= 0 and made.max() <= 1 and made.isfinite().all()
     roughness = made.diff(dim=3).abs().mean((1, 2, 3))
     assert roughness.min() < 0.002 and roughness.max() > 0.05
-    colours = made.mean((2, 3))
-    assert colours.min() < 0.1 and colours.max() > 0.9
+    colors = made.mean((2, 3))
+    assert colors.min() < 0.1 and colors.max() > 0.9
 
 
 def test_composition_is_the_equation() -> None:
     """S = (1−M)·N + M·(β·N + (1−β)·A): where N is known and A alike in all places, one β explains every pixel."""
-    normal = pictures(200)
+    normal = make_images(200)
     black = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     matte = torch.full((200, 1, 64, 64), 0.6)
     images, masks, labels = synthesize_anomalies(
@@ -163,7 +163,9 @@ def test_composition_is_the_equation() -> None:
 
 
 def test_half_of_the_draws_are_anomalous() -> None:
-    labels = synthesize_anomalies(pictures(400, 32), torch.ones(400, 1, 32, 32), textures(32), generators(400)).labels
+    labels = synthesize_anomalies(
+        make_images(400, 32), torch.ones(400, 1, 32, 32), textures(32), generators(400)
+    ).labels
     assert abs(labels.mean() - 0.5) < 4 * math.sqrt(0.25 / 400)
 
 
@@ -184,19 +186,19 @@ def test_sources_are_drawn_as_often_as_asked() -> None:
 
 def test_grey_pictures_get_grey_anomalies() -> None:
     """And coloured ones get theirs as before, whatever else is in the batch."""
-    coloured = pictures(40, 32)
-    images = torch.cat([coloured, coloured.mean(1, keepdim=True).expand(-1, 3, -1, -1)])
+    colored = make_images(40, 32)
+    images = torch.cat([colored, colored.mean(1, keepdim=True).expand(-1, 3, -1, -1)])
     options = {"anomaly_probability": 1, "procedural_probability": 0.5}
     mattes = torch.ones(80, 1, 32, 32)
-    grey, paper = (
+    gray, paper = (
         synthesize_anomalies(images, mattes, textures(32), generators(80), **options, grayscale_anomalies=setting)
         for setting in (True, False)
     )
-    assert torch.equal(grey.masks, paper.masks)
-    assert torch.equal(grey.images[:40], paper.images[:40])
-    colour = [(made.images[40:].amax(1) - made.images[40:].amin(1)).flatten(1).amax(1) for made in (grey, paper)]
-    assert colour[0].max() < 1e-6 and colour[1].median() > 0.05
-    assert not torch.equal(grey.images[40:], images[40:])
+    assert torch.equal(gray.masks, paper.masks)
+    assert torch.equal(gray.images[:40], paper.images[:40])
+    color = [(made.images[40:].amax(1) - made.images[40:].amin(1)).flatten(1).amax(1) for made in (gray, paper)]
+    assert color[0].max() < 1e-6 and color[1].median() > 0.05
+    assert not torch.equal(gray.images[40:], images[40:])
 
 
 def test_thin_lines_are_thin_and_stay_in_the_foreground() -> None:
@@ -274,15 +276,15 @@ def test_lines_and_soft_edges_are_composed_like_hard_ones() -> None:
 
 def test_empty_foreground_leaves_the_picture_normal() -> None:
     images, masks, labels = synthesize_anomalies(
-        pictures(3, 32), torch.zeros(3, 1, 32, 32), textures(32), generators(3), anomaly_probability=1
+        make_images(3, 32), torch.zeros(3, 1, 32, 32), textures(32), generators(3), anomaly_probability=1
     )
-    assert not labels.any() and not masks.any() and torch.equal(images, pictures(3, 32))
+    assert not labels.any() and not masks.any() and torch.equal(images, make_images(3, 32))
 
 
 @pytest.mark.parametrize("procedural", [0.0, 0.5])
 def test_without_textures_there_is_still_a_source(procedural: float) -> None:
     images, _, labels = synthesize_anomalies(
-        pictures(4, 32),
+        make_images(4, 32),
         torch.ones(4, 1, 32, 32),
         None,
         generators(4),
@@ -290,12 +292,12 @@ def test_without_textures_there_is_still_a_source(procedural: float) -> None:
         texture_probability=1,
         procedural_probability=procedural,
     )
-    assert labels.all() and not any(torch.equal(a, b) for a, b in zip(images, pictures(4, 32)))
+    assert labels.all() and not any(torch.equal(a, b) for a, b in zip(images, make_images(4, 32)))
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     options = {"anomaly_probability": 0.8, "procedural_probability": 0.5}
-    images, mattes = pictures(9, 40), torch.ones(9, 1, 40, 40)
+    images, mattes = make_images(9, 40), torch.ones(9, 1, 40, 40)
     together = synthesize_anomalies(images, mattes, textures(40), generators(9), **options)
     for index in range(9):
         part = slice(index, index + 1)

@@ -16,7 +16,7 @@ from diffusionad_pipe.synthesis.foregrounds import (
     threshold_foreground,
 )
 from diffusionad_pipe.synthesis.sampling import sample_generator
-from diffusionad_pipe.training.images import Pictures, foreground_mattes
+from diffusionad_pipe.training.images import ImageInputs, foreground_mattes
 
 
 @pytest.mark.parametrize("background, part", [(0.1, 0.8), (0.9, 0.3)])
@@ -47,9 +47,9 @@ def test_random_foregrounds() -> None:
     assert min(share[0, 0], share[0, -1], share[-1, 0], share[-1, -1]) > share[20, 30] / 5
 
 
-def pictures(folder: Path, count: int = 3) -> Pictures:
+def images(folder: Path, count: int = 3) -> ImageInputs:
     names = [str(folder / "train" / "good" / f"{index:03d}.png") for index in range(count)]
-    return Pictures(names, torch.zeros(count, 3, 32, 32, dtype=torch.uint8), [""] * count)
+    return ImageInputs(names, torch.zeros(count, 3, 32, 32, dtype=torch.uint8), [""] * count)
 
 
 @pytest.mark.parametrize("layout", ["DISthresh", "thresh", "own"])
@@ -58,7 +58,7 @@ def test_mattes_from_a_folder(tmp_path: Path, layout: str) -> None:
     folder.mkdir(parents=True)
     for index in range(3):
         Image.new("L", (64, 48), 80 * index).save(folder / f"{index:03d}.png")
-    mattes = foreground_mattes("folder", pictures(tmp_path), folder=str(folder) if layout == "own" else None)
+    mattes = foreground_mattes("folder", images(tmp_path), folder=str(folder) if layout == "own" else None)
     assert mattes.shape == (3, 1, 32, 32) and mattes[:, 0, 5, 5].tolist() == [0, 80, 160]
 
 
@@ -67,7 +67,7 @@ def test_missing_mattes_are_named_all_at_once(tmp_path: Path) -> None:
     folder.mkdir()
     Image.new("L", (8, 8)).save(folder / "001.png")
     with pytest.raises(ValueError, match=r"2 of 3 pictures(.|\n)*000\.png(.|\n)*002\.png(.|\n)*--foreground threshold"):
-        foreground_mattes("folder", pictures(tmp_path), folder=str(folder))
+        foreground_mattes("folder", images(tmp_path), folder=str(folder))
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_mattes_are_kept_for_the_same_picture_and_model(segformer: Path, tmp_pat
     names = ["part.png", "Hub/parts[1]", "../odd:name\udcff.png"]
 
     def mattes(order: list[int], model: Path = segformer) -> torch.Tensor:
-        chosen = Pictures([names[index] for index in order], pixels[order], [""] * len(order))
+        chosen = ImageInputs([names[index] for index in order], pixels[order], [""] * len(order))
         return foreground_mattes("transformers", chosen, model=str(model), cache=folder)
 
     first = mattes([0, 1, 2])
@@ -124,8 +124,8 @@ def test_mattes_are_kept_for_the_same_picture_and_model(segformer: Path, tmp_pat
 
 def test_unusable_providers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none, random, threshold, folder, transformers"):
-        foreground_mattes("salient", pictures(tmp_path))
+        foreground_mattes("salient", images(tmp_path))
     with pytest.raises(ValueError, match="--foreground_model"):
-        foreground_mattes("transformers", pictures(tmp_path))
+        foreground_mattes("transformers", images(tmp_path))
     with pytest.raises(ValueError, match="not a semantic segmentation model"):
-        foreground_mattes("transformers", pictures(tmp_path), model=str(tmp_path / "nothing"))
+        foreground_mattes("transformers", images(tmp_path), model=str(tmp_path / "nothing"))

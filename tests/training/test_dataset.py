@@ -29,7 +29,7 @@ def test_draws_do_not_depend_on_workers_or_order(workers: int) -> None:
 
 def test_every_epoch_sees_every_picture_once_and_draws_anew() -> None:
     dataset = make_dataset(anomaly_probability=0.0)
-    originals = dataset.pictures.float() / 255
+    originals = dataset.images.float() / 255
     for epoch in range(4):
         seen = [dataset[3 * epoch + position]["images"] for position in range(3)]
         matches = [[torch.equal(image, original) for original in originals].index(True) for image in seen]
@@ -66,7 +66,7 @@ def test_rotation_keeps_size_range_and_the_middle() -> None:
 
 def test_crops_are_parts_of_the_pictures() -> None:
     dataset = make_dataset(size=32, crop_size=16, anomaly_probability=0.0)
-    originals = dataset.pictures.float() / 255
+    originals = dataset.images.float() / 255
     for sample in list(dataset)[:6]:
         windows = originals.unfold(2, 16, 1).unfold(3, 16, 1)  # [3, 3, 17, 17, 16, 16]
         same = (windows == sample["images"][None, :, None, None]).all(-1).all(-1).all(1)
@@ -77,11 +77,11 @@ def test_validation_samples_are_good_pictures_and_anomalies_on_them() -> None:
     source = make_dataset()
     mattes = torch.zeros(3, 1, 32, 32, dtype=torch.uint8)
     mattes[:2] = 255  # the third picture gets no anomaly
-    samples = validation_samples(source.pictures, source.textures, repeats=5, seed=1, foregrounds=mattes)
+    samples = validation_samples(source.images, source.textures, repeats=5, seed=1, foregrounds=mattes)
     good = [sample["images"] for sample in samples[:3]]
-    assert sorted(map(torch.sum, good)) == sorted(map(torch.sum, source.pictures.float() / 255))
+    assert sorted(map(torch.sum, good)) == sorted(map(torch.sum, source.images.float() / 255))
     labels = [float(sample["labels"]) for sample in samples]
     assert labels[:3] == [0, 0, 0] and 5 < len(labels[3:]) <= 10 and all(labels[3:])
     assert all(sample["masks"].any() == sample["labels"] for sample in samples)
     with pytest.raises(ValueError, match="none of 6 synthetic anomalies on 3 held-out pictures"):
-        validation_samples(source.pictures, None, repeats=2, seed=1, foregrounds=torch.zeros_like(mattes))
+        validation_samples(source.images, None, repeats=2, seed=1, foregrounds=torch.zeros_like(mattes))

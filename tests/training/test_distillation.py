@@ -20,7 +20,7 @@ from tests.helpers.tiny_pipeline import build_tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
 HAZELNUT = ROOT / "training" / "data" / "hazelnut_toy" / "hazelnut"
-PICTURE = HAZELNUT / "test" / "colour" / "00.jpg"
+IMAGE = HAZELNUT / "test" / "colour" / "00.jpg"
 
 
 @pytest.fixture
@@ -36,23 +36,23 @@ def test_one_scale_is_one_call(student: DiffusionADPipeline) -> None:
     student.unet.register_forward_hook(lambda network, arguments, output: seen.append((arguments, output.sample)))
     steps: list[dict] = []
     output = student(
-        [open_image(PICTURE)] * 3,
+        [open_image(IMAGE)] * 3,
         output_type="pt",
         callback_on_step_end=lambda pipe, index, timesteps, tensors: steps.append(tensors),
     )
     [((noised, timesteps), sample)] = seen
     assert noised.shape == (3, 3, 32, 32) and timesteps.tolist() == [200] * 3
     # The noise of the small scale is that of the teacher, and what the UNet says is the reconstruction.
-    pictures, _ = student.image_processor.preprocess(open_image(PICTURE), 32, 32)
+    images, _ = student.image_processor.preprocess(open_image(IMAGE), 32, 32)
     noise = student.fixed_noise(1, 32, 32)[0, 0]
-    torch.testing.assert_close(noised[:1], student.scheduler.add_noise(pictures, noise, torch.tensor([200])))
+    torch.testing.assert_close(noised[:1], student.scheduler.add_noise(images, noise, torch.tensor([200])))
     assert steps[0].keys() == {"prev_sample", "pred_small", "noised_small"}
     assert torch.equal(steps[0]["prev_sample"], sample.clamp(-1, 1))
     assert output.anomaly_scores.shape == (3,)
 
 
 def test_what_is_built_in_cannot_be_changed(student: DiffusionADPipeline) -> None:
-    image = open_image(PICTURE)
+    image = open_image(IMAGE)
     expected = student(image, output_type="pt").anomaly_maps
     own = student(image, small_timestep=200, large_timestep=400, guidance_scale=1.0, output_type="pt")
     assert torch.equal(own.anomaly_maps, expected)
@@ -69,7 +69,7 @@ def test_what_is_built_in_cannot_be_changed(student: DiffusionADPipeline) -> Non
 def test_saved_loaded_exported_and_tiled(student: DiffusionADPipeline, tmp_path: Path) -> None:
     student.save_pretrained(tmp_path / "model")
     loaded = DiffusionADPipeline.from_pretrained(tmp_path / "model")
-    image = open_image(PICTURE)
+    image = open_image(IMAGE)
     expected = student(image, output_type="np")
     # Not bit for bit: weights that lie elsewhere in memory are multiplied in another order.
     maps = loaded(image, output_type="np").anomaly_maps
@@ -141,7 +141,7 @@ def test_train_distill(student: DiffusionADPipeline, tmp_path: Path) -> None:
     assert f"segmentation: 191 of 191 weights start from {tmp_path / 'teacher'}" in result.stderr
     pipe = DiffusionADPipeline.from_pretrained(tmp_path / "run")
     assert pipe.scheduler.config.distilled and pipe.scheduler.config.prediction_type == "sample"
-    assert pipe(open_image(PICTURE)).is_anomalous is not None
+    assert pipe(open_image(IMAGE)).is_anomalous is not None
     # Four rows: picture, reconstruction, map, mask.
     assert Image.open(tmp_path / "run" / "samples" / "step-0000002.png").size == (8 * 32, 4 * 32)
 

@@ -58,7 +58,7 @@ def test_the_sheet_shows_what_training_draws(folder: Path, tmp_path: Path, setti
 
     config = TrainingConfig(train_data_dir=str(folder), output_dir=str(tmp_path / "run"), **settings)
     training, *_ = build_datasets(config, 10, torch.device("cpu"), OutputFolder(tmp_path / "run"))
-    pictures, mattes, masks, composites = columns(sheet, 10).astype(int)
+    images, mattes, masks, composites = columns(sheet, 10).astype(int)
     samples = training.__getitems__(range(10))
     assert 2 <= sum(sample["labels"] for sample in samples) <= 8
     for index, sample in enumerate(samples):
@@ -67,9 +67,9 @@ def test_the_sheet_shows_what_training_draws(folder: Path, tmp_path: Path, setti
             np.testing.assert_allclose(masks[index], np.broadcast_to(mask, (32, 32, 3)), atol=1)
             np.testing.assert_allclose(composites[index], image, atol=1)
         else:  # without its anomaly it is the picture that the preview puts one on
-            np.testing.assert_allclose(pictures[index], image, atol=1)
+            np.testing.assert_allclose(images[index], image, atol=1)
     assert (masks <= mattes).all() and masks.any()
-    changed = (abs(pictures - composites) > 1).any(-1)
+    changed = (abs(images - composites) > 1).any(-1)
     assert (masks[changed] > 0).all() and changed.any()
 
 

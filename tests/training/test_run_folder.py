@@ -17,7 +17,7 @@ from PIL import Image
 from diffusionad_pipe.files.output_folder import PRIVATE, OutputFolder
 from diffusionad_pipe.training import run_folder, run_images
 from diffusionad_pipe.training.config import TrainingConfig
-from diffusionad_pipe.training.images import Pictures, read_good_pictures
+from diffusionad_pipe.training.images import ImageInputs, read_good_images
 from tests.helpers.script_processes import ScriptProcess
 from tests.helpers.training_runs import ENVIRONMENT, HAZELNUT, TINY, assert_same_weights, command, run
 
@@ -25,7 +25,7 @@ LATEST = ["--resume_from_checkpoint", "latest"]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of eight small good pictures."""
     folder = tmp_path_factory.mktemp("pictures")
     for index, file in enumerate(sorted((HAZELNUT / "train" / "good").iterdir())[:8]):
@@ -34,8 +34,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def config(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    settings = {"train_data_dir": str(pictures), "max_train_steps": 6, "checkpointing_steps": 1, "validation_steps": 2}
+def config(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = {"train_data_dir": str(images), "max_train_steps": 6, "checkpointing_steps": 1, "validation_steps": 2}
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY | settings | {"validation_repeats": 1, "train_batch_size": 2}))
     return path
@@ -60,12 +60,12 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_at_any_moment_goes_on(
-    whole: tuple[Path, float], config: Path, pictures: Path, tmp_path: Path, kills: int
+    whole: tuple[Path, float], config: Path, images: Path, tmp_path: Path, kills: int
 ) -> None:
     """By the same command, to the same weights; what is not the run's stays as it is."""
     undisturbed, seconds = whole
     moments, finished = random.Random(kills), 0
-    before, output, mine = contents(pictures), tmp_path / "0", dict[str, str]()
+    before, output, mine = contents(images), tmp_path / "0", dict[str, str]()
 
     def check() -> None:
         folder = OutputFolder(output, "train")
@@ -74,7 +74,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on(
         assert all(folder.owns(name) for name in found), "half a file, or nobody's"
         for manifest in output.glob(f"*/{run_folder.MANIFEST}"):
             assert run_folder.find_damage(manifest.parent) is None
-        assert contents(pictures) == before
+        assert contents(images) == before
 
     def finish(result: Any) -> None:
         assert result.returncode == 0, result.stderr
@@ -120,12 +120,12 @@ def test_the_second_of_two_runs_in_one_folder_is_refused(config: Path, tmp_path:
 
 
 def test_a_resume_with_other_pictures_is_refused(
-    whole: tuple[Path, float], config: Path, pictures: Path, tmp_path: Path
+    whole: tuple[Path, float], config: Path, images: Path, tmp_path: Path
 ) -> None:
     output, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(whole[0], output)
     shutil.rmtree(output / "checkpoint-0000006")
-    shutil.copytree(pictures, data)
+    shutil.copytree(images, data)
     flags = [*LATEST, "--train_data_dir", str(data)]
     Image.new("RGB", (48, 48)).save(data / "3.png")
     Image.new("RGB", (48, 48), "red").save(data / "new.png")
@@ -136,7 +136,7 @@ def test_a_resume_with_other_pictures_is_refused(
         assert change in result.stderr
     # Others by their names, the same by their contents, in their order: they are the same.
     (data / "new.png").unlink()
-    for file in pictures.iterdir():
+    for file in images.iterdir():
         shutil.copy(file, data / f"part_{file.name}")
         (data / file.name).unlink(missing_ok=True)
     result = run(command(config, output, *flags))
@@ -149,15 +149,15 @@ def test_a_resume_with_other_pictures_is_refused(
 
 def described(names: list[str], digests: list[str], held_out: list[bool] | None = None, **other: Any) -> dict[str, Any]:
     count = len(names)
-    found = Pictures([f"data/{name}" for name in names], torch.zeros(count, 3, 1, 1), digests)
+    found = ImageInputs([f"data/{name}" for name in names], torch.zeros(count, 3, 1, 1), digests)
     chosen = torch.tensor(held_out or [False] * count)
     config = TrainingConfig(train_data_dir="data", texture_dir="none", foreground="none")
-    return run_images.describe_pictures(config, found, chosen) | other
+    return run_images.describe_images(config, found, chosen) | other
 
 
 def test_what_differs_between_pictures_is_said(tmp_path: Path) -> None:
     def changes(*now: Any, **other: Any) -> list[str]:
-        return run_images.changed_pictures(tmp_path, described(*now, **other))
+        return run_images.changed_images(tmp_path, described(*now, **other))
 
     names, digests = ["a.png", "b\udcff.png", "sub/c.png"], ["1", "2", "3"]
     assert changes(names, digests) == []  # nothing is known
@@ -179,7 +179,7 @@ def test_what_differs_between_pictures_is_said(tmp_path: Path) -> None:
         changes(names, digests)
 
 
-def test_a_picture_of_a_dataset_without_files_is_known_by_its_pixels(pictures: Path, tmp_path: Path) -> None:
+def test_a_picture_of_a_dataset_without_files_is_known_by_its_pixels(images: Path, tmp_path: Path) -> None:
     import datasets
 
     def digests(folder: str, files: list[Path]) -> list[str]:
@@ -187,9 +187,9 @@ def test_a_picture_of_a_dataset_without_files_is_known_by_its_pixels(pictures: P
         table = datasets.Dataset.from_dict({"image": [str(file) for file in files]}, features=features)
         (tmp_path / folder).mkdir()
         table.to_parquet(tmp_path / folder / "train.parquet")
-        return read_good_pictures(None, 32, dataset_name=str(tmp_path / folder)).digests
+        return read_good_images(None, 32, dataset_name=str(tmp_path / folder)).digests
 
-    files = sorted(pictures.iterdir())
+    files = sorted(images.iterdir())
     first, other = digests("first", files[:3]), digests("other", [files[2], files[0]])
     assert len(set(first)) == 3 and other == [first[2], first[0]]
 

@@ -348,8 +348,8 @@ def test_tensorboard_gets_losses_and_pictures(config: Path, tmp_path: Path) -> N
     events = event_accumulator.EventAccumulator(str(tmp_path / "tracked" / "diffusionad"))
     events.Reload()
     assert [event.step for event in events.Scalars("mask_loss")] == [1, 2]
-    picture = events.Images("held_out")[0]
-    assert (picture.width, picture.height) == Image.open(tmp_path / "tracked" / "samples" / "step-0000002.png").size
+    image = events.Images("held_out")[0]
+    assert (image.width, image.height) == Image.open(tmp_path / "tracked" / "samples" / "step-0000002.png").size
     folder = OutputFolder(tmp_path / "tracked", "train")
     for path in (tmp_path / "tracked" / "diffusionad").rglob("*"):
         assert path.is_dir() or folder.owns(path.relative_to(folder.path).as_posix())
@@ -403,8 +403,8 @@ def test_wrong_settings_end_with_one_sentence(config: Path, tmp_path: Path, flag
         shutil.copytree(HAZELNUT / "train", data / "train")
         (data / "thresh").mkdir()
         shutil.copytree(HAZELNUT / "train" / "good", data / "thresh" / "good")
-        for picture in sorted((data / "thresh" / "good").iterdir())[4:]:
-            picture.unlink()
+        for image in sorted((data / "thresh" / "good").iterdir())[4:]:
+            image.unlink()
         flags = [*flags, "--train_data_dir", str(data)]
     result = run(command(config, tmp_path / "wrong", *flags))
     assert result.returncode == 1 and cause in result.stderr and "Traceback" not in result.stderr, result.stderr
@@ -471,7 +471,7 @@ def test_unreadable_pictures_are_left_out_up_to_a_share(config: Path, tmp_path: 
 def test_parquet_datasets(config: Path, tmp_path: Path, streaming: bool) -> None:
     import datasets
 
-    from diffusionad_pipe.training.images import read_good_pictures
+    from diffusionad_pipe.training.images import read_good_images
 
     paths = sorted((HAZELNUT / "train" / "good").iterdir())[:4] + sorted((HAZELNUT / "test" / "colour").iterdir())[:2]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["good", "bad"])})
@@ -479,9 +479,9 @@ def test_parquet_datasets(config: Path, tmp_path: Path, streaming: bool) -> None
     table = datasets.Dataset.from_dict(rows, features=features)
     (tmp_path / "parquet").mkdir()
     table.to_parquet(tmp_path / "parquet" / "train.parquet")
-    pictures = read_good_pictures(None, 32, dataset_name=str(tmp_path / "parquet"), streaming=streaming)
-    assert pictures.pixels.shape == (4, 3, 32, 32)
-    assert torch.equal(pictures.pixels, read_good_pictures(str(HAZELNUT), 32).pixels[:4])
+    images = read_good_images(None, 32, dataset_name=str(tmp_path / "parquet"), streaming=streaming)
+    assert images.pixels.shape == (4, 3, 32, 32)
+    assert torch.equal(images.pixels, read_good_images(str(HAZELNUT), 32).pixels[:4])
 
 
 def test_help_explains() -> None:

@@ -22,12 +22,12 @@ from ..files.output_folder import OutputError, OutputFolder, edit_file, require_
 from ..hub.model_card import describe_thresholds, write_thresholds
 from ..images.files import shown
 from ..images.pixels import MAX_ASPECT_RATIO
-from ..images.sources import PictureSource, find_files, find_rows, watch_folders
+from ..images.sources import ImageSource, find_files, find_rows, watch_folders
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..prediction.folder import PredictionFolder, Row, append_share, even_shares
-from ..prediction.predict import Drawings, MapFormat, fingerprint, judge
+from ..prediction.predict import MapFormat, OutputFiles, fingerprint, predict_images
 from ..runtime.acceleration import explained_out_of_memory, fastest_dtype, find_device, join_processes
-from ..runtime.batch_failures import TooFewJudgedError
+from ..runtime.batch_failures import TooFewPredictedError
 from ..runtime.progress import ProgressBar
 from .console import USER_ERRORS, Console, MaxPixels, fail, needed_packages, output_console
 
@@ -73,7 +73,7 @@ class Method(StrEnum):
 def predict(
     model: Annotated[str, typer.Option(help="Folder of a saved pipeline, or its id on the Hugging Face Hub.")],
     output: Annotated[Path, typer.Option(help="Folder for drawings, results.csv and results.jsonl.")],
-    pictures: Annotated[
+    images: Annotated[
         list[str] | None,
         typer.Argument(
             help='Files, folders, quoted patterns such as "line_3/*.png", or - for paths on standard input.'
@@ -149,7 +149,7 @@ def predict(
                 raise ValueError(f"{option} {value:g} must lie between 0 and 1, as scores do")
         if tile_overlap is not None and tile_size is None:
             raise ValueError("--tile-overlap is for pictures in tiles: give --tile-size too")
-        sources = _find_sources(pictures or [], dataset, split, image_column, watch)
+        sources = _find_sources(images or [], dataset, split, image_column, watch)
         pipe = _load(model, device, dtype)
         if tile_size is not None:
             pipe.enable_tiling(tile_size, 0.25 if tile_overlap is None else tile_overlap)
@@ -166,7 +166,7 @@ def predict(
         }  # fmt: skip
         # Tiles are square, whatever the shape of the whole.
         ratio = MAX_ASPECT_RATIO if tile_size is None else inf
-        drawings = Drawings(panels, maps, masks, max_pixels, ratio)
+        drawings = OutputFiles(panels, maps, masks, max_pixels, ratio)
         folder = OutputFolder(output, "predict")
     except USER_ERRORS as error:
         fail(error)
@@ -180,15 +180,15 @@ def predict(
         except USER_ERRORS as error:
             fail(error)
         store = results.add if results is not None else partial(append_share, folder, state.process_index)
-        rounds: Iterable[list[PictureSource]] = (
-            watch_folders([Path(name) for name in pictures or []]) if watch else [sources]
+        rounds: Iterable[list[ImageSource]] = (
+            watch_folders([Path(name) for name in images or []]) if watch else [sources]
         )
         try:
             for found in rounds:
                 asked_for |= dict.fromkeys(source.name for source in found)
                 todo, names = found, {}
                 if results is not None:
-                    todo = [source for source in found if not results.is_judged(source)]
+                    todo = [source for source in found if not results.is_done(source)]
                     names = results.name_outputs(todo)
                 if state.num_processes > 1:
                     # All have found the same, but the others may see drawings that are already being written anew.
@@ -200,7 +200,7 @@ def predict(
                         "these settings, and are skipped"
                     )
                 if todo:
-                    _judge_share(pipe, todo, names, folder, store, drawings, batch_size, console, each=watch)
+                    _predict_share(pipe, todo, names, folder, store, drawings, batch_size, console, each=watch)
                 if watch and todo and results is not None:
                     results.write_tables(int(parquet))
             state.wait_for_everyone()
@@ -278,7 +278,7 @@ def evaluate(
         from ..evaluation import measuring, tables
         from ..evaluation.kept_predictions import SETTINGS, name_predictions
         from ..evaluation.report import write_evaluation_report
-        from ..evaluation.test_set import load_test_pictures
+        from ..evaluation.test_set import load_test_images
         from ..hub import results as cards
     diffusers_logging.disable_progress_bar()
     console = output_console()
@@ -294,8 +294,8 @@ def evaluate(
             place = find_device(device)
             networks_dtype = dtype.on(place)
             settings["dtype"] = str(networks_dtype).removeprefix("torch.")
-            categories = load_test_pictures(data, category, max_pixels)
-            names = [pictures.category for pictures in categories]
+            categories = load_test_images(data, category, max_pixels)
+            names = [images.category for images in categories]
             models = None if model is None else measuring.find_models(model, names)
             if model_card:
                 if models is None:
@@ -333,7 +333,7 @@ def evaluate(
                 cards.write_into_cards(results, models, title, how)
         except (OutputError, MemoryError) as error:
             fail(error, 1)
-        except TooFewJudgedError as error:
+        except TooFewPredictedError as error:
             for failure in error.failures:
                 console.print(f"not judged: {failure}", style="yellow")
             fail(error)
@@ -356,7 +356,7 @@ def evaluate(
 
 def calibrate(
     model: Annotated[Path, typer.Argument(help="Folder of a saved pipeline.")],
-    pictures: Annotated[list[str], typer.Argument(help="Good pictures: files, folders or quoted patterns.")],
+    images: Annotated[list[str], typer.Argument(help="Good pictures: files, folders or quoted patterns.")],
     false_positive_rate: Annotated[
         float, typer.Option(help="Share of good pictures that may be called defective, between 0 and 1.")
     ] = 0.01,
@@ -383,12 +383,12 @@ def calibrate(
         require_editable(model / "model_index.json")
         result = calibrate_pipeline(
             _load(str(model), device),
-            find_files(pictures),
+            find_files(images),
             batch_size=batch_size,
             false_positive_rate=false_positive_rate,
             max_pixels=max_pixels,
         )
-    except TooFewJudgedError as error:
+    except TooFewPredictedError as error:
         for sentence in error.failures:
             console.print(f"left out: {sentence}", style="yellow")
         fail(error)
@@ -396,7 +396,7 @@ def calibrate(
         fail(error)
     for sentence in [*result.failures, *result.duplicates]:
         console.print(f"left out: {sentence}", style="yellow")
-    count = result.picture_count
+    count = result.image_count
     text = describe_thresholds(
         result.image_threshold, result.pixel_threshold, f"{count} good pictures", count, false_positive_rate
     )
@@ -418,21 +418,21 @@ def calibrate(
 
 
 def _find_sources(
-    pictures: Sequence[str], dataset: str | None, split: str | None, image_column: str, watch: bool
-) -> list[PictureSource]:
-    if bool(pictures) == bool(dataset):
+    images: Sequence[str], dataset: str | None, split: str | None, image_column: str, watch: bool
+) -> list[ImageSource]:
+    if bool(images) == bool(dataset):
         raise ValueError("give pictures, or --dataset: one of them")
     if watch:
-        others = [name for name in pictures if not Path(name).is_dir()]
+        others = [name for name in images if not Path(name).is_dir()]
         if others or dataset:
             raise ValueError(f"--watch takes folders: {dataset or others[0]} is none")
         return []
     if dataset:
         with needed_packages(), PartialState().main_process_first():  # which downloads it, if need be
             return find_rows(dataset, split, image_column)
-    found: list[PictureSource] = []
+    found: list[ImageSource] = []
     if PartialState().is_main_process:  # which alone has the standard input; and a folder may change meanwhile
-        found = find_files(pictures, None if sys.stdin is None else sys.stdin.buffer)
+        found = find_files(images, None if sys.stdin is None else sys.stdin.buffer)
     return broadcast_object_list([found])[0]
 
 
@@ -445,13 +445,13 @@ def _load(model: str, device: str | None, dtype: Dtype = Dtype.float32) -> Diffu
     return pipe
 
 
-def _judge_share(
+def _predict_share(
     pipe: DiffusionADPipeline,
-    sources: Sequence[PictureSource],
+    sources: Sequence[ImageSource],
     names: Mapping[str, str],
     folder: OutputFolder,
     store: Callable[[Sequence[Row]], None],
-    drawings: Drawings,
+    drawings: OutputFiles,
     batch_size: int,
     console: Console,
     each: bool,
@@ -468,7 +468,7 @@ def _judge_share(
         for start in starts[share.start : share.stop]:
             batch = sources[start : start + batch_size]
             with explained_out_of_memory(f"--batch-size {batch_size}", "a lower one; what was judged is kept"):
-                rows = judge(pipe, batch, names, folder, drawings, batch_size)
+                rows = predict_images(pipe, batch, names, folder, drawings, batch_size)
             store(rows)
             bar.update(len(batch))
             for row in rows if each else ():
@@ -480,17 +480,17 @@ def _judge_share(
 
 def _print_table(rows: Sequence[Row], output: Path, console: Console) -> None:
     """The table a person reads: worst first, errors last."""
-    judged = sorted((row for row in rows if row["score"] is not None), key=lambda row: -row["score"])
-    for row in judged[:HIGHEST_SHOWN_ROWS]:
+    predicted = sorted((row for row in rows if row["score"] is not None), key=lambda row: -row["score"])
+    for row in predicted[:HIGHEST_SHOWN_ROWS]:
         verdict = row["decision"] or "no threshold"
         console.print(f"{row['score']:.4f}  {verdict:<12}  {shown(row['path'])}", style=STYLES[row["decision"]])
-    if len(judged) > HIGHEST_SHOWN_ROWS:
-        console.print(f"... and {len(judged) - HIGHEST_SHOWN_ROWS} more, in the tables below")
+    if len(predicted) > HIGHEST_SHOWN_ROWS:
+        console.print(f"... and {len(predicted) - HIGHEST_SHOWN_ROWS} more, in the tables below")
     for row in rows:
         if row["error"]:
             console.print(f"not judged: {row['error']}", style="yellow")
-    defective = sum(row["decision"] == "defective" for row in judged)
+    defective = sum(row["decision"] == "defective" for row in predicted)
     failed = sum(row["error"] is not None for row in rows)
     console.print(
-        f"{len(judged)} judged, {defective} defective, {failed} with errors; drawings and tables are in {output}"
+        f"{len(predicted)} judged, {defective} defective, {failed} with errors; drawings and tables are in {output}"
     )

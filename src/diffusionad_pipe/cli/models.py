@@ -109,7 +109,7 @@ def export(
     ] = None,
     calibration_count: Annotated[int, typer.Option(min=1, help="How many of them at most.")] = 100,
     max_pixels: MaxPixels = MAX_PIXELS,
-    licence: Annotated[str | None, typer.Option(help="Of the weights. Default: what the model card says.")] = None,
+    license: Annotated[str | None, typer.Option(help="Of the weights. Default: what the model card says.")] = None,
 ) -> None:
     """Write a model as one file that runs without torch.
 
@@ -123,21 +123,21 @@ def export(
     """
     with needed_packages("export"):
         from ..export.detector import to_rgb_uint8
-        from ..export.export import export_detector, stated_licence
+        from ..export.export import export_detector, stated_license
     try:
         if int8 and calibration is None:
             raise ValueError("--int8 needs --calibration: a folder with good pictures, those you trained on will do")
-        pictures, failures = [], []
+        images, failures = [], []
         if calibration is not None:
             # Spread over the folder: its first pictures may all be from one day.
             files = find_images(calibration)
             chosen = files[:: -(-len(files) // calibration_count)]
             for file in chosen:
                 try:
-                    pictures.append(to_rgb_uint8(open_image(file, max_pixels=max_pixels)))
+                    images.append(to_rgb_uint8(open_image(file, max_pixels=max_pixels)))
                 except ImageFileError as error:
                     failures.append(str(error))
-            if not pictures:
+            if not images:
                 raise ValueError(f"none of {len(chosen)} pictures can be read: {failures[0]}")
         diffusers_logging.disable_progress_bar()
         pipe = DiffusionADPipeline.from_pretrained(model)
@@ -148,8 +148,8 @@ def export(
                 output,
                 format.value,
                 int8=int8,
-                calibration=pictures,
-                licence=licence or stated_licence(model),
+                calibration=images,
+                license=license or stated_license(model),
                 name=Path(model).name,
             )
     except USER_ERRORS as error:
@@ -213,8 +213,8 @@ def space(
     diffusionad space runs/mine --output my_space --examples new_pictures
     """
     try:
-        pictures = [source.place for source in find_files(examples or [])]
-        write_space(model, output, examples=pictures, max_pixels=max_pixels)
+        images = [source.place for source in find_files(examples or [])]
+        write_space(model, output, examples=images, max_pixels=max_pixels)
     except USER_ERRORS as error:
         fail(error)
     console = output_console()

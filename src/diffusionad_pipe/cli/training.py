@@ -47,7 +47,7 @@ def check_data(
 
 
 def preview_synthesis(
-    pictures_folder: Annotated[Path, typer.Argument(help="Folder of good pictures, or of one category (train/good).")],
+    images_folder: Annotated[Path, typer.Argument(help="Folder of good pictures, or of one category (train/good).")],
     output: Annotated[Path, typer.Option(help="The contact sheet, a PNG or JPEG file.")],
     category: Annotated[str | None, typer.Option(help="Sub-folder, where the folder holds several.")] = None,
     resolution: Annotated[int, typer.Option(min=16, help="Side in pixels that the networks train on.")] = 256,
@@ -119,7 +119,7 @@ def preview_synthesis(
         folder = OutputFolder(output.parent, "preview-synthesis")
         folder.require_free(output.name)
         result = preview(
-            str(pictures_folder),
+            str(images_folder),
             category=category,
             resolution=resolution,
             resize_to=resize_to,
@@ -148,10 +148,10 @@ def preview_synthesis(
 
     console = output_console()
     console.print(
-        f"{result.picture_count} pictures to train on; of {result.draw_count} draws of an anomaly "
+        f"{result.image_count} pictures to train on; of {result.sample_count} draws of an anomaly "
         f"{result.empty_share:.1%} have an empty mask; the others cover {result.coverage:.1%} of the area on average"
         if result.empty_share < 1
-        else f"{result.picture_count} pictures to train on; all {result.draw_count} draws have an empty mask"
+        else f"{result.image_count} pictures to train on; all {result.sample_count} draws have an empty mask"
     )
     if result.empty_share > MANY_EMPTY_MASKS:
         console.print(

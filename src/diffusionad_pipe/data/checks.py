@@ -16,12 +16,12 @@ from ..files.output_folder import OwnProducts
 from ..images.files import MAX_PIXELS, ImageFileError, PathLike, is_hidden, open_image, open_marks, search_folder, shown
 from ..images.pixels import oriented, read_pil
 from ..runtime.progress import tracked
-from .layouts import LAYOUTS, REFERENCE_FOREGROUNDS, Entry, is_picture, split_of, visa_table
+from .layouts import LAYOUTS, REFERENCE_FOREGROUNDS, Entry, is_image, split_of, visa_table
 from .loading import describe, find_categories, is_export, unclear_masks
 from .masks import HIGHEST_ID, check_mask_size, read_mask, read_matte, stored_values
 
 MOST_NAMED = 5  # files of one suffix that a note names
-MANY_GREY_PIXELS = 0.1  # share of a mask that anti-aliased edges do not reach: Magnetic-Tile's stay below 0.02
+MANY_GRAY_PIXELS = 0.1  # share of a mask that anti-aliased edges do not reach: Magnetic-Tile's stay below 0.02
 
 
 class Problem(NamedTuple):
@@ -60,7 +60,7 @@ def check_data(
         raise ValueError(f"{root} holds an export to Parquet: check the folders of pictures that it was made from")
     found = find_categories(root, layout, category)
     problems = [
-        problem for name, (folder, its) in found.items() for problem in _check_category(name, folder, its, max_pixels)
+        problem for name, (folder, kind) in found.items() for problem in _check_category(name, folder, kind, max_pixels)
     ]
     if category == "all" and (root / "split_csv" / "1cls.csv").is_file():
         for name in sorted({row["object"] for row in visa_table(root)} - set(found)):
@@ -78,9 +78,9 @@ def _check_category(name: str, folder: Path, layout: str, max_pixels: int) -> li
     seen: dict[bytes, Entry] = {}  # the first picture with these pixels
     readable = 0  # good pictures to train on
     for index, entry in enumerate(tracked(entries, f"checking {name}", unit="picture")):
-        picture = _read(entry.picture, partial(open_image, max_pixels=max_pixels), problems)
+        image = _read(entry.image, partial(open_image, max_pixels=max_pixels), problems)
         if entry.unclear:
-            problems.append(Problem("error", entry.picture, unclear_masks(entry)))
+            problems.append(Problem("error", entry.image, unclear_masks(entry)))
         if entry.mask is not None:
             mask = _read(entry.mask, partial(open_marks, max_pixels=max_pixels), problems)
             marked = None if mask is None else _read(entry.mask, partial(_marked, mask), problems)
@@ -89,29 +89,29 @@ def _check_category(name: str, folder: Path, layout: str, max_pixels: int) -> li
                     defect_type = "defect" if marked.any() else "good"
                     entry = entry._replace(defect_type=defect_type, split=split_of(entry.split, defect_type))
                     entries[index] = entry
-                problems += _mask_problems(entry, picture, mask, marked)
-        if picture is None:
+                problems += _mask_problems(entry, image, mask, marked)
+        if image is None:
             continue
         readable += (entry.split, entry.defect_type) == ("train", "good")
-        twin = seen.setdefault(_digest(picture), entry)
+        twin = seen.setdefault(_digest(image), entry)
         contradictory = "good" in (twin.defect_type, entry.defect_type) and twin.defect_type != entry.defect_type
         if twin.split == entry.split and contradictory:
             message = (
-                f"{shown(entry.picture)}: the same picture as {shown(twin.picture)}, but one is {entry.defect_type} "
+                f"{shown(entry.image)}: the same picture as {shown(twin.image)}, but one is {entry.defect_type} "
                 f"and one {twin.defect_type}; remove one of them"
             )
-            problems.append(Problem("error", entry.picture, message))
+            problems.append(Problem("error", entry.image, message))
         elif twin.split != entry.split:
             message = (
-                f"{shown(entry.picture)}: the same picture as {shown(twin.picture)}, one is in {entry.split} and one "
+                f"{shown(entry.image)}: the same picture as {shown(twin.image)}, one is in {entry.split} and one "
                 f"in {twin.split}; remove one of them"
             )
-            problems.append(Problem("error", entry.picture, message))
+            problems.append(Problem("error", entry.image, message))
     problems += _missing_masks(folder, entries)
     problems += _matte_problems(folder, entries, max_pixels)
     problems += _stray_files(folder, layout, entries)
     problems += _odd_names(folder, entries)
-    problems += _lacking_pictures(folder, entries, readable)
+    problems += _lacking_images(folder, entries, readable)
     problems.append(Problem("note", folder, describe(name, layout, entries)))
     return sorted(problems, key=lambda problem: problem.severity == "note" and problem.path != folder)
 
@@ -132,22 +132,22 @@ def _marked(mask: Image.Image, file: Path) -> NDArray[np.bool_]:
     return read_mask(mask, shown(file))
 
 
-def _digest(picture: Image.Image) -> bytes:
+def _digest(image: Image.Image) -> bytes:
     """The same for the same pixels as they are shown, whatever the file format."""
-    pixels = read_pil(picture)
+    pixels = read_pil(image)
     return hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()).digest()
 
 
 def _mask_problems(
-    entry: Entry, picture: Image.Image | None, mask: Image.Image, marked: NDArray[np.bool_]
+    entry: Entry, image: Image.Image | None, mask: Image.Image, marked: NDArray[np.bool_]
 ) -> Iterator[Problem]:
     file = entry.mask
     assert file is not None
     name = shown(file)
     try:
-        if picture is not None:
-            width, height = oriented(picture).size
-            check_mask_size(marked, name, (height, width), shown(entry.picture))
+        if image is not None:
+            width, height = oriented(image).size
+            check_mask_size(marked, name, (height, width), shown(entry.image))
     except ImageFileError as error:
         yield Problem("error", file, str(error))
     doubt = _doubt(mask, marked)
@@ -155,13 +155,13 @@ def _mask_problems(
         yield Problem("warning", file, f"{name}: {doubt}")
     if marked.any() and entry.defect_type == "good":
         yield Problem(
-            "error", file, f"{name}: marks a defect, but {shown(entry.picture)} counts as good; correct one of the two"
+            "error", file, f"{name}: marks a defect, but {shown(entry.image)} counts as good; correct one of the two"
         )
     if not marked.any() and entry.defect_type != "good":
         yield Problem(
             "warning",
             file,
-            f"{name}: marks nothing, but {shown(entry.picture)} is defective, so pixel metrics leave it out; mark the "
+            f"{name}: marks nothing, but {shown(entry.image)} is defective, so pixel metrics leave it out; mark the "
             "defect",
         )
 
@@ -183,9 +183,9 @@ def _doubt(mask: Image.Image, marked: NDArray[np.bool_]) -> str | None:
             f"its values end at {values.max():g}, which is no number of a defect (up to {HIGHEST_ID}) nor white "
             f"({white}), so it marks nothing; save it as black and white"
         )
-    grey = np.mean((values > white // 16) & (values < white - white // 16))
-    if grey > MANY_GREY_PIXELS:
-        return f"{grey:.0%} of its pixels are neither black nor white; check that it is a mask"
+    gray = np.mean((values > white // 16) & (values < white - white // 16))
+    if gray > MANY_GRAY_PIXELS:
+        return f"{gray:.0%} of its pixels are neither black nor white; check that it is a mask"
     return None
 
 
@@ -200,26 +200,26 @@ def _matte_problems(folder: Path, entries: list[Entry], max_pixels: int) -> list
             _read(matte, partial(read_matte, max_pixels=max_pixels), problems)
         stems = {matte.stem for matte in mattes}
         for entry in entries:
-            if (entry.split, entry.defect_type) == ("train", "good") and entry.picture.stem not in stems:
-                message = f"{shown(entry.picture)}: has no matte of its name in {shown(place)}; add it"
-                problems.append(Problem("warning", entry.picture, message))
+            if (entry.split, entry.defect_type) == ("train", "good") and entry.image.stem not in stems:
+                message = f"{shown(entry.image)}: has no matte of its name in {shown(place)}; add it"
+                problems.append(Problem("warning", entry.image, message))
     return problems
 
 
 def _missing_masks(folder: Path, entries: list[Entry]) -> Iterator[Problem]:
     defective = [entry for entry in entries if entry.defect_type != "good"]
-    unmarked = [entry.picture for entry in defective if entry.mask is None and not entry.unclear]
+    unmarked = [entry.image for entry in defective if entry.mask is None and not entry.unclear]
     if unmarked and len(unmarked) == len(defective):
         message = f"{folder}: none of the {len(defective)} defective pictures has a mask, so there are no pixel metrics"
         yield Problem("warning", folder, f"{message}; add masks to have them")
         return
-    for picture in unmarked:
-        message = f"{picture}: defective without a mask of its name, so pixel metrics leave it out; add the mask"
-        yield Problem("warning", picture, message)
+    for image in unmarked:
+        message = f"{image}: defective without a mask of its name, so pixel metrics leave it out; add the mask"
+        yield Problem("warning", image, message)
 
 
 def _stray_files(folder: Path, layout: str, entries: list[Entry]) -> Iterator[Problem]:
-    known = {file for entry in entries for file in (entry.picture, entry.mask, *entry.unclear)}
+    known = {file for entry in entries for file in (entry.image, entry.mask, *entry.unclear)}
     known.update(file for pattern in LAYOUTS[layout].unused for file in folder.glob(pattern))
     mattes = {folder / name for name in REFERENCE_FOREGROUNDS}
     others: dict[str, list[Path]] = {}  # that are no pictures, by suffix
@@ -233,7 +233,7 @@ def _stray_files(folder: Path, layout: str, entries: list[Entry]) -> Iterator[Pr
         for file in sorted(parent / name for name in names if not is_hidden(name)):
             if file in known or file in products or not mattes.isdisjoint(file.parents):
                 continue
-            if not is_picture(file):
+            if not is_image(file):
                 others.setdefault(file.suffix.lower(), []).append(file)
                 continue
             message = (
@@ -254,7 +254,7 @@ def _stray_files(folder: Path, layout: str, entries: list[Entry]) -> Iterator[Pr
 def _odd_names(folder: Path, entries: list[Entry]) -> Iterator[Problem]:
     """Names that a file system, a table or a person elsewhere would take for another, or cannot write."""
     seen: dict[str, Path] = {}
-    for file in (file for entry in entries for file in (entry.picture, entry.mask) if file is not None):
+    for file in (file for entry in entries for file in (entry.image, entry.mask) if file is not None):
         if shown(file) != str(file):
             yield Problem(
                 "warning", file, f"{shown(file)}: the name is no UTF-8, so tables have it escaped; rename the file"
@@ -270,7 +270,7 @@ def _odd_names(folder: Path, entries: list[Entry]) -> Iterator[Problem]:
             )
 
 
-def _lacking_pictures(folder: Path, entries: Iterable[Entry], readable: int) -> Iterator[Problem]:
+def _lacking_images(folder: Path, entries: Iterable[Entry], readable: int) -> Iterator[Problem]:
     kinds = {(entry.split, entry.defect_type == "good") for entry in entries}
     if ("train", True) not in kinds:
         yield Problem("error", folder, f"{folder}: has no good pictures to train on; add some")

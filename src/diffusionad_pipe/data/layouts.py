@@ -23,14 +23,14 @@ class Entry(NamedTuple):
     """One picture of a dataset; neither of its files has been opened, and those that a list names may be missing.
 
     Args:
-        picture: its file.
+        image: its file.
         mask: the file that marks its defect, also where the publisher gives an empty one for a good picture.
         defect_type: `"good"` or what is wrong; None where only the mask tells, by being empty or not.
         split: `train`, `validation` (good pictures only), `train_defective` or `test`.
         unclear: files that may be its mask, and that others may as well be; then `mask` is None.
     """
 
-    picture: Path
+    image: Path
     mask: Path | None
     defect_type: str | None
     split: str
@@ -56,20 +56,18 @@ def split_of(split: str, defect_type: str) -> str:
     return "train_defective" if split == "train" and defect_type != "good" else split
 
 
-def is_picture(file: Path) -> bool:
+def is_image(file: Path) -> bool:
     """Whether a file's name is a picture's, and not that of a hidden file."""
     return file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file.name)
 
 
 def _read_folder(root: Path) -> list[Entry]:
-    return [Entry(picture, None, "good", "train") for picture in _pictures(root)]
+    return [Entry(image, None, "good", "train") for image in _images(root)]
 
 
 def _read_mvtec(root: Path, good: str = "good", test: str = "test", ground_truth: str = "ground_truth") -> list[Entry]:
     entries = [
-        Entry(picture, None, "good", split)
-        for split in ("train", "validation")
-        for picture in _pictures(root / split / good)
+        Entry(image, None, "good", split) for split in ("train", "validation") for image in _images(root / split / good)
     ]
     for folder in _folders(root / test):
         if folder != root / ground_truth:  # AD 2 keeps it beside the types
@@ -80,9 +78,9 @@ def _read_mvtec(root: Path, good: str = "good", test: str = "test", ground_truth
 
 def _read_mvtec_3d(root: Path) -> list[Entry]:
     entries = [
-        Entry(picture, None, "good", split)
+        Entry(image, None, "good", split)
         for split in ("train", "validation")
-        for picture in _pictures(root / split / "good" / "rgb")
+        for image in _images(root / split / "good" / "rgb")
     ]
     for folder in _folders(root / "test"):
         entries += _with_masks(folder / "rgb", folder / "gt", folder.name)
@@ -119,8 +117,8 @@ def _read_dagm(root: Path) -> list[Entry]:
     entries = []
     for split in ("train", "test"):
         folder = root / split.title()
-        files = without_products([file for file in folder.glob("*") if is_picture(file)])
-        pictures = {file.stem: file for file in files}
+        files = without_products([file for file in folder.glob("*") if is_image(file)])
+        images = {file.stem: file for file in files}
         masks = {file.stem.removesuffix("_label"): file for file in folder.glob("Label/*_label.*")}
         for table in folder.glob("Label/[Ll]abels.txt"):  # names also what was not downloaded
             names = re.findall(r"[\w-]+\.[A-Za-z]\w*", table.read_text(encoding="utf-8"))
@@ -128,19 +126,19 @@ def _read_dagm(root: Path) -> list[Entry]:
                 if name.stem.endswith("_label"):
                     masks.setdefault(name.stem.removesuffix("_label"), folder / "Label" / name)
                 else:
-                    pictures.setdefault(name.stem, folder / name)
-        for stem, picture in sorted(pictures.items()):
+                    images.setdefault(name.stem, folder / name)
+        for stem, image in sorted(images.items()):
             defect_type = "defect" if stem in masks else "good"
-            entries.append(Entry(picture, masks.get(stem), defect_type, split_of(split, defect_type)))
+            entries.append(Entry(image, masks.get(stem), defect_type, split_of(split, defect_type)))
     return entries
 
 
 def _read_kolektor_sdd2(root: Path) -> list[Entry]:
     return [
-        Entry(picture, picture.with_name(f"{picture.stem}_GT.png"), None, split)
+        Entry(image, image.with_name(f"{image.stem}_GT.png"), None, split)
         for split in ("train", "test")
-        for picture in _pictures(root / split)
-        if "_GT" not in picture.stem  # nor copies of masks
+        for image in _images(root / split)
+        if "_GT" not in image.stem  # nor copies of masks
     ]
 
 
@@ -161,15 +159,15 @@ def _read_magnetic_tile(root: Path) -> list[Entry]:
 
 def _read_tiles(folder: Path, defect_type: str) -> list[Entry]:
     """The pictures of a folder of Magnetic-Tile-Defect by name, with their masks: only the suffixes differ."""
-    files = _pictures(folder)
-    pictures = sorted((file for file in files if file.suffix.lower() == ".jpg"), key=lambda file: file.name)
-    if not pictures:
+    files = _images(folder)
+    images = sorted((file for file in files if file.suffix.lower() == ".jpg"), key=lambda file: file.name)
+    if not images:
         raise ValueError(f"{folder} has no pictures that end in .jpg: those that end in .png are taken for masks")
     masks = {file.stem: file for file in files if file.suffix.lower() == ".png"}
-    return [Entry(picture, masks.get(picture.stem), defect_type, "test") for picture in pictures]
+    return [Entry(image, masks.get(image.stem), defect_type, "test") for image in images]
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
     try:
         return find_images([folder])
     except ImageFileError as error:
@@ -188,7 +186,7 @@ def _with_masks(folder: Path, mask_folder: Path, defect_type: str) -> list[Entry
     Masks lie in the sub-folders that their pictures lie in, or all in one folder as long as every name is there once.
     Where two pictures could have one mask, or one picture two, nobody knows which is meant.
     """
-    pictures = _pictures(folder)
+    images = _images(folder)
     masks: dict[Path, list[Path]] = {}  # by sub-folder and stem
     for mask in without_products(search_folder(mask_folder) if mask_folder.is_dir() else []):
         masks.setdefault(mask.relative_to(mask_folder).with_suffix(""), []).append(mask)
@@ -196,17 +194,17 @@ def _with_masks(folder: Path, mask_folder: Path, defect_type: str) -> list[Entry
     def named_after(place: Path) -> list[Path]:
         return masks.get(place.with_name(f"{place.name}_mask")) or masks.get(place) or []
 
-    places = [picture.relative_to(folder).with_suffix("") for picture in pictures]
+    places = [image.relative_to(folder).with_suffix("") for image in images]
     here, stems = Counter(places), Counter(place.name for place in places)
     entries = []
-    for picture, place in zip(pictures, places):
+    for image, place in zip(images, places):
         found, sharing = named_after(place), here[place]
         if not found:
             found, sharing = named_after(Path(place.name)), stems[place.name]
         if len(found) == 1 and sharing == 1:
-            entries.append(Entry(picture, found[0], defect_type, "test"))
+            entries.append(Entry(image, found[0], defect_type, "test"))
         else:
-            entries.append(Entry(picture, None, defect_type, "test", tuple(found)))
+            entries.append(Entry(image, None, defect_type, "test", tuple(found)))
     return entries
 
 

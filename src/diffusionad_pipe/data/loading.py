@@ -21,7 +21,7 @@ from .masks import read_mask
 
 logger = logging.getLogger(__name__)
 
-PICTURES_PER_FILE = 200  # of an export: a few hundred megabytes, which are held in memory
+IMAGES_PER_FILE = 200  # of an export: a few hundred megabytes, which are held in memory
 
 FEATURES = datasets.Features(
     {
@@ -100,9 +100,7 @@ def load_anomaly_dataset(
     missing: list[Path] = []
     for name, (folder, found_layout) in find_categories(path, layout, category).items():
         entries = LAYOUTS[found_layout].read(folder)
-        absent = [
-            file for entry in entries for file in (entry.picture, entry.mask) if file and not os.path.lexists(file)
-        ]
+        absent = [file for entry in entries for file in (entry.image, entry.mask) if file and not os.path.lexists(file)]
         missing += absent
         if absent:
             continue
@@ -150,7 +148,7 @@ def find_categories(path: PathLike, layout: str = "auto", category: str | None =
         found = {name_of(root): (root, own)}
     else:
         folders = [folder for folder in sorted(root.glob("*/")) if not is_hidden(folder.name)]
-        found = {shown(f.name): (f, its) for f in folders if (its := layout_of(f))}
+        found = {shown(f.name): (f, kind) for f in folders if (kind := layout_of(f))}
     plain = root if category in (None, "all") else root / category
     known = bool(found) if plain == root else category in found
     if not known and plain.is_dir() and layout in ("auto", "folder"):
@@ -208,7 +206,7 @@ def _decided(entries: list[Entry], max_pixels: int, category: str, doubts: list[
         try:
             decided.append(decide(entry, max_pixels))
         except ImageFileError as error:
-            sentence = f"left out: {shown(entry.picture)}, as its mask tells whether it is good: {error}"
+            sentence = f"left out: {shown(entry.image)}, as its mask tells whether it is good: {error}"
             _doubt(doubts, Doubt(category, entry.split, sentence, left_out=True))
     return decided
 
@@ -223,7 +221,7 @@ def _doubt(doubts: list[Doubt] | None, doubt: Doubt) -> None:
 def unclear_masks(entry: Entry) -> str:
     """Why a picture has no mask although there are some that could be its."""
     return (
-        f"{shown(entry.picture)}: it is not clear whether {' or '.join(map(shown, entry.unclear))} is its mask or that "
+        f"{shown(entry.image)}: it is not clear whether {' or '.join(map(shown, entry.unclear))} is its mask or that "
         "of another picture, so it has none; put masks into sub-folders as their pictures are, under their names"
     )
 
@@ -242,13 +240,13 @@ def describe(category: str, layout: str, entries: Iterable[Entry]) -> str:
 def _row(entry: Entry, category: str) -> dict[str, Any]:
     defective = entry.defect_type != "good"
     return {
-        "image": _cell(entry.picture),
+        "image": _cell(entry.image),
         "mask": _cell(entry.mask) if entry.mask is not None and defective else None,
         "label": int(defective),
         "defect_type": shown(entry.defect_type or ""),
         "category": category,
         "split": entry.split,
-        "path": shown(entry.picture),
+        "path": shown(entry.image),
     }
 
 
@@ -284,7 +282,7 @@ def export_parquet(dataset: datasets.DatasetDict, folder: PathLike) -> None:
     def write(place: Path) -> None:
         for split, rows in dataset.items():
             rows = rows.map(lambda path: {"path": Path(path).relative_to(shared).as_posix()}, input_columns="path")
-            count = -(-len(rows) // PICTURES_PER_FILE)
+            count = -(-len(rows) // IMAGES_PER_FILE)
             for index in tracked(range(count), f"exporting {split}", unit="file"):
                 part = rows.shard(count, index).with_format("arrow")
                 embedded = part.map(embed_table_storage, batched=True, keep_in_memory=True).with_format(None)

@@ -12,7 +12,7 @@ from ..images.files import MAX_PIXELS, ImageFileError, PathLike, open_marks, sho
 from ..images.pixels import SIXTEEN_BITS, decode, oriented
 
 HIGHEST_ID = 31  # a mask without larger values holds the numbers of defects: VisA's do, and anti-aliased ones do not
-SAVE_AS_GREY = "save it in grey, black where nothing is and white where something is"
+SAVE_AS_GRAY = "save it in grey, black where nothing is and white where something is"
 
 
 def read_mask(
@@ -63,21 +63,21 @@ def read_matte(
         raise ImageFileError(f"{name}: {error}" if name else str(error)) from error
 
 
-def check_mask_size(mask: NDArray[np.bool_], name: str, size: tuple[int, int], picture: str) -> None:
+def check_mask_size(mask: NDArray[np.bool_], name: str, size: tuple[int, int], image: str) -> None:
     """Refuse a mask of another size than its picture, as both are shown.
 
     Args:
         mask: of [`read_mask`].
         name: what messages call it.
         size: height and width of the picture in pixels.
-        picture: what messages call the picture.
+        image: what messages call the picture.
 
     Raises:
         ImageFileError: names both.
     """
     if mask.shape != size:
         raise ImageFileError(
-            f"{name}: {mask.shape[1]} x {mask.shape[0]} pixels, and its picture {picture} has {size[1]} x {size[0]}; "
+            f"{name}: {mask.shape[1]} x {mask.shape[0]} pixels, and its picture {image} has {size[1]} x {size[0]}; "
             "make the mask again at the picture's size"
         )
 
@@ -96,9 +96,9 @@ def marked(image: Image.Image) -> NDArray[np.float32]:
         values = stored_values(image)
         marks = _of_shades(values)
         if values.min() == values.max() and opaque.min() != opaque.max():
-            raise ValueError(f"this mask is drawn in its transparency alone; {SAVE_AS_GREY}")
+            raise ValueError(f"this mask is drawn in its transparency alone; {SAVE_AS_GRAY}")
     if ((marks > 0.5) & (opaque <= 0.5)).any():
-        raise ValueError(f"what this mask marks is transparent; {SAVE_AS_GREY}")
+        raise ValueError(f"what this mask marks is transparent; {SAVE_AS_GRAY}")
     return marks
 
 
@@ -114,13 +114,13 @@ def _of_shades(values: NDArray[Any]) -> NDArray[np.float32]:
     low, high = values.min(), values.max()
     if values.dtype.kind == "f":
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise ValueError(f"this mask has values that are NaN or infinite; {SAVE_AS_GREY}")
+            raise ValueError(f"this mask has values that are NaN or infinite; {SAVE_AS_GRAY}")
         if low >= 0 and high <= 1:
             return values.astype(np.float32)
         if (values != np.round(values)).any():
-            raise ValueError(f"this mask has floats outside [0, 1], from {low:.3g} to {high:.3g}; {SAVE_AS_GREY}")
+            raise ValueError(f"this mask has floats outside [0, 1], from {low:.3g} to {high:.3g}; {SAVE_AS_GRAY}")
     if low < 0 or high > 65535:
-        raise ValueError(f"this mask has values outside 0 ... 65535, from {low:.0f} to {high:.0f}; {SAVE_AS_GREY}")
+        raise ValueError(f"this mask has values outside 0 ... 65535, from {low:.0f} to {high:.0f}; {SAVE_AS_GRAY}")
     if high <= HIGHEST_ID:
         return (values > 0).astype(np.float32)
     return (values / (255 if high <= 255 else 65535)).astype(np.float32)
@@ -129,24 +129,24 @@ def _of_shades(values: NDArray[Any]) -> NDArray[np.float32]:
 def _of_palette(image: Image.Image) -> NDArray[np.float32]:
     indices = np.asarray(image.getchannel(0))
     palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-    colours = np.zeros((256, 3), np.uint8)
-    colours[: len(palette)] = palette
+    colors = np.zeros((256, 3), np.uint8)
+    colors[: len(palette)] = palette
     used = np.unique(indices)
-    numbered = not colours[0].any() and colours[used[used > 0]].any(axis=1).all()  # the first colour alone is black
-    if (colours[used] == colours[used, :1]).all():  # grey
-        greys = colours[used, 0]
-        if (greys == used).all():  # the same without a palette
+    numbered = not colors[0].any() and colors[used[used > 0]].any(axis=1).all()  # the first colour alone is black
+    if (colors[used] == colors[used, :1]).all():  # grey
+        grays = colors[used, 0]
+        if (grays == used).all():  # the same without a palette
             return _of_shades(indices)
-        shades = (colours[indices, 0] / 255).astype(np.float32)
-        if greys.min() <= 127 < greys.max():
+        shades = (colors[indices, 0] / 255).astype(np.float32)
+        if grays.min() <= 127 < grays.max():
             if not numbered or ((shades > 0.5) == (indices > 0)).all():
                 return shades
             numbered = False  # soft edges, or numbers of classes: nobody knows
-        elif len(used) == 1 and greys[0] in (0, 255) and palette.any():
+        elif len(used) == 1 and grays[0] in (0, 255) and palette.any():
             return shades
     if numbered:
         return (indices > 0).astype(np.float32)
-    raise ValueError(f"the palette of this mask leaves open what it marks; {SAVE_AS_GREY}")
+    raise ValueError(f"the palette of this mask leaves open what it marks; {SAVE_AS_GRAY}")
 
 
 def _opacity(image: Image.Image) -> NDArray[np.float32]:

@@ -16,11 +16,11 @@ import torch
 
 from ..files.output_folder import edit_file
 from ..images.files import ImageFileError
-from ..images.sources import PictureSource
+from ..images.sources import ImageSource
 from ..metrics.exact import evaluate_maps, f1_max
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..runtime.acceleration import explained_out_of_memory
-from ..runtime.batch_failures import TooFewJudgedError, run_batch
+from ..runtime.batch_failures import TooFewPredictedError, run_batch
 from ..runtime.progress import tracked
 
 
@@ -48,7 +48,7 @@ class Calibration(NamedTuple):
     Args:
         image_threshold: as [`calibrate_image_threshold`] sets it.
         pixel_threshold: as [`calibrate_pixel_threshold`] sets it.
-        picture_count: good pictures that they rest on.
+        image_count: good pictures that they rest on.
         false_positive_rate: α, which these are enough for.
         failures: sentences on pictures that could not be judged.
         duplicates: sentences on pictures that are another one again, and count for nothing.
@@ -56,7 +56,7 @@ class Calibration(NamedTuple):
 
     image_threshold: float
     pixel_threshold: float
-    picture_count: int
+    image_count: int
     false_positive_rate: float
     failures: list[str]
     duplicates: list[str]
@@ -124,7 +124,7 @@ def calibrate_pixel_threshold(
 
 def calibrate(
     pipeline: DiffusionADPipeline,
-    sources: Sequence[PictureSource],
+    sources: Sequence[ImageSource],
     *,
     batch_size: int = 8,
     false_positive_rate: float = 0.01,
@@ -146,7 +146,7 @@ def calibrate(
         [`Calibration`].
 
     Raises:
-        TooFewJudgedError: when there are too few pictures for α: fewer than 1 / α − 1 guarantee nothing.
+        TooFewPredictedError: when there are too few pictures for α: fewer than 1 / α − 1 guarantee nothing.
     """
     _refuse_few(len(sources), false_positive_rate, [], [])
     side = pipeline.config.image_size
@@ -165,16 +165,16 @@ def calibrate(
         batch: dict[str, torch.Tensor] = {}
         for source in sources[start : start + batch_size]:
             try:
-                picture = pipeline.image_processor.preprocess(source.read(max_pixels), side, side)[0]
+                image = pipeline.image_processor.preprocess(source.read(max_pixels), side, side)[0]
             except ValueError as error:
                 named = isinstance(error, ImageFileError)
                 failures.append(str(error) if named else f"{source.name}: {error}")
                 continue
-            name = names.setdefault(hashlib.sha256(picture.numpy().tobytes()).hexdigest(), source.name)
+            name = names.setdefault(hashlib.sha256(image.numpy().tobytes()).hexdigest(), source.name)
             if name != source.name:
                 duplicates.append(f"{source.name}: the same picture as {name}")
             else:
-                batch[name] = picture
+                batch[name] = image
         for name, result in zip(batch, run_batch(predict, list(batch.values())) if batch else ()):
             if isinstance(result, ValueError):
                 failures.append(f"{name}: {result}")
@@ -212,7 +212,7 @@ def _refuse_few(count: int, false_positive_rate: float, failures: Sequence[str],
         causes = [f"{len(failures)} that cannot be read"] if failures else []
         causes += [f"{len(duplicates)} that are there twice"] if duplicates else []
         besides = f", besides {' and '.join(causes)}," if causes else ""
-        raise TooFewJudgedError(
+        raise TooFewPredictedError(
             f"{count} good pictures{besides} cannot promise a false-positive rate of {false_positive_rate:g}: "
             f"give at least {needed}, or --false-positive-rate {possible:g} or more",
             [*failures, *duplicates],

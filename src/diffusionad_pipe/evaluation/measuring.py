@@ -29,15 +29,15 @@ from ..image_processor import DiffusionADImageProcessor
 from ..images.files import MAX_PIXELS, shown
 from ..metrics.exact import measure, rank_pixels
 from ..metrics.operating_points import rank
-from ..metrics.scored_images import check_pictures
+from ..metrics.scored_images import check_images
 from ..metrics.streaming import StreamingAnomalyMetrics
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..prediction.predict import fingerprint
 from ..runtime.acceleration import explained_out_of_memory, join_processes
-from ..runtime.batch_failures import TooFewJudgedError, run_batch
+from ..runtime.batch_failures import TooFewPredictedError, run_batch
 from ..runtime.progress import tracked
 from .kept_predictions import SETTINGS, Prediction, StoredPredictions, name_predictions
-from .test_set import TestPictures, load_test_pictures
+from .test_set import TestImages, load_test_images
 
 PROTOCOLS = ("exact", "reference")
 Curve: TypeAlias = tuple[np.ndarray, np.ndarray]
@@ -65,7 +65,7 @@ class CategoryResult(NamedTuple):
         roc: `"image"` and `"pixel"` → (false-positive rate, true-positive rate), thinned for drawing.
         precision_recall: the same → (recall, precision).
         pro: (false-positive rate, mean overlap of the regions).
-        pictures: that it was measured on.
+        images: that it was measured on.
         predictions: that it was computed from.
     """
 
@@ -84,7 +84,7 @@ class CategoryResult(NamedTuple):
     roc: dict[str, Curve]
     precision_recall: dict[str, Curve]
     pro: Curve
-    pictures: TestPictures
+    images: TestImages
     predictions: StoredPredictions
 
 
@@ -130,12 +130,12 @@ def evaluate(
 
     Raises:
         OutputError: when `output` cannot be written to, or another run writes into it.
-        TooFewJudgedError: when none of all pictures could be judged.
+        TooFewPredictedError: when none of all pictures could be judged.
         ValueError: names what is missing.
     """
     join_processes()
-    categories = load_test_pictures(data, category, max_pixels)
-    models = None if model is None else find_models(model, [pictures.category for pictures in categories])
+    categories = load_test_images(data, category, max_pixels)
+    models = None if model is None else find_models(model, [images.category for images in categories])
     return evaluate_categories(
         categories,
         models,
@@ -151,7 +151,7 @@ def evaluate(
 
 
 def evaluate_categories(
-    categories: Sequence[TestPictures],
+    categories: Sequence[TestImages],
     models: Sequence[str] | None,
     folder: OutputFolder,
     *,
@@ -166,7 +166,7 @@ def evaluate_categories(
     """[`evaluate`] for pictures and models that have been found.
 
     Args:
-        categories: of [`load_test_pictures`].
+        categories: of [`load_test_images`].
         models: of [`find_models`]; None computes the metrics anew from the predictions in `folder`.
         folder: for the predictions.
         protocol, method, at_model_size, num_noise_samples, batch_size, dtype, device: as of [`evaluate`].
@@ -174,7 +174,7 @@ def evaluate_categories(
     state = join_processes()
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be {' or '.join(PROTOCOLS)}, not {protocol!r}")
-    names = name_predictions([pictures.category for pictures in categories])
+    names = name_predictions([images.category for images in categories])
     several = len(set(models or ())) > 1
     pipe = None
     results = []
@@ -197,14 +197,14 @@ def evaluate_categories(
         if not state.is_main_process:
             return []
         folder.read_record()
-        for pictures, predictions, outcome in zip(categories, stored, outcomes):
+        for images, predictions, outcome in zip(categories, stored, outcomes):
             if isinstance(outcome, str):
-                results.append(unmeasured(pictures, predictions, [outcome]))
+                results.append(unmeasured(images, predictions, [outcome]))
             else:
-                results.append(measure_category(pictures, predictions, protocol, method, at_model_size, outcome))
+                results.append(measure_category(images, predictions, protocol, method, at_model_size, outcome))
     if not any(result.rows for result in results):
         sentences = [sentence for result in results for sentence in result.failures]
-        raise TooFewJudgedError("none of the test pictures could be judged, so nothing was measured", sentences)
+        raise TooFewPredictedError("none of the test pictures could be judged, so nothing was measured", sentences)
     return results
 
 
@@ -256,7 +256,7 @@ def find_models(model: str | os.PathLike[str], categories: Sequence[str]) -> lis
 
 def predict_category(
     pipe: DiffusionADPipeline,
-    pictures: TestPictures,
+    images: TestImages,
     predictions: StoredPredictions,
     protocol: str,
     num_noise_samples: int,
@@ -281,7 +281,7 @@ def predict_category(
     contents: dict[int, str] = {}  # each once, with the first picture that has it
     if state.is_main_process:
         predictions.begin(settings, {name: pipe.config[name] for name in ("image_threshold", "pixel_threshold")})
-        first = {content: index for index, content in reversed(list(enumerate(pictures.contents)))}
+        first = {content: index for index, content in reversed(list(enumerate(images.contents)))}
         contents = {index: content for content, index in reversed(first.items()) if content is not None}
     contents, predictions.settings = broadcast_object_list([contents, predictions.settings])
     if not state.is_main_process:
@@ -290,7 +290,7 @@ def predict_category(
     failures: dict[int, str] = {}
     indices = sorted(contents)
     starts = range(0, len(indices), batch_size)[state.process_index :: state.num_processes]
-    for start in tracked(starts, pictures.category, "batch", shown=state.is_main_process):
+    for start in tracked(starts, images.category, "batch", shown=state.is_main_process):
         batch = indices[start : start + batch_size]
         missing = [index for index in batch if predictions.read(contents[index]) is None]
         if not missing:
@@ -298,20 +298,20 @@ def predict_category(
         prepared: dict[int, tuple[torch.Tensor, tuple[int, int]]] = {}
         for index in batch:
             try:
-                prepared[index] = _preprocess(pictures.picture(index), pipe.config.image_size, protocol)
+                prepared[index] = _preprocess(images.image(index), pipe.config.image_size, protocol)
             except ValueError as error:
                 failures[index] = str(error)
                 continue
-            if pictures.content(index) != contents[index]:
+            if images.content(index) != contents[index]:
                 del prepared[index]
-                failures[index] = f"{pictures.paths[index]}: it was changed while it was read; run the command again"
+                failures[index] = f"{images.paths[index]}: it was changed while it was read; run the command again"
         if not prepared:
             continue
 
         predict = partial(_predict, pipe, prepared, protocol, num_noise_samples)
         for index, result in zip(prepared, run_batch(predict, list(prepared))):
             if isinstance(result, ValueError):
-                failures[index] = f"{pictures.paths[index]}: {result}"
+                failures[index] = f"{images.paths[index]}: {result}"
             elif index in missing:
                 predictions.write(contents[index], result)
     return dict(gather_object(list(failures.items())))
@@ -362,7 +362,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def measure_category(
-    pictures: TestPictures,
+    images: TestImages,
     predictions: StoredPredictions,
     protocol: str,
     method: Literal["exact", "streaming"],
@@ -372,7 +372,7 @@ def measure_category(
     """Metrics of one category from its stored predictions.
 
     Args:
-        pictures: of the category.
+        images: of the category.
         predictions: of them.
         protocol, method, at_model_size: as of [`evaluate`].
         failed: index of a picture → why it could not be judged, of [`predict_category`].
@@ -390,19 +390,19 @@ def measure_category(
     rows: list[dict[str, Any]] = []
     maps: list[np.ndarray] = []
     masks: list[np.ndarray | None] = []
-    failures: list[str] = list(pictures.left_out)
-    mask_failures: list[str] = list(pictures.unclear_masks)
+    failures: list[str] = list(images.left_out)
+    mask_failures: list[str] = list(images.unclear_masks)
     seconds, memory = [], 0
     unmasked, metrics_seconds = 0, 0.0
-    for index, path in enumerate(pictures.paths):
-        content = pictures.contents[index]
+    for index, path in enumerate(images.paths):
+        content = images.contents[index]
         prediction = None if content is None else predictions.read(content)
         if prediction is None:
-            failures.append(failed.get(index) or _failure(pictures, index, failed, folder))
+            failures.append(failed.get(index) or _failure(images, index, failed, folder))
             continue
         anomaly_map = torch.from_numpy(prediction.anomaly_map)[None, None]  # [1, 1, S, S]
         try:
-            mask = pictures.mask(index, prediction.size)
+            mask = images.mask(index, prediction.size)
         except ValueError as error:
             mask = None
             mask_failures.append(str(error))
@@ -412,7 +412,7 @@ def measure_category(
                 mask = _resize_mask(mask, size, eroded=reference)
         else:
             anomaly_map = processor.resize_to(anomaly_map, [prediction.size])[0][None]
-        label, score = pictures.labels[index], prediction.score
+        label, score = images.labels[index], prediction.score
         if streaming is not None:
             started = time.perf_counter()
             streaming.update(anomaly_map[0, 0], mask, score, label)
@@ -423,13 +423,13 @@ def measure_category(
         unmasked += mask is None
         decision = None if threshold is None else ("defective" if score > threshold else "good")
         rows.append(
-            {"path": path, "defect_type": pictures.defect_types[index], "label": label, "score": score}
+            {"path": path, "defect_type": images.defect_types[index], "label": label, "score": score}
             | {"decision": decision, "index": index}
         )
         seconds.append(prediction.seconds)
         memory = max(memory, prediction.memory)
     if not rows:
-        return unmeasured(pictures, predictions, failures)
+        return unmeasured(images, predictions, failures)
     scores, labels = np.array([row["score"] for row in rows]), np.array([row["label"] for row in rows], dtype=bool)
     remarks = []
     if unmasked > len(mask_failures):
@@ -442,7 +442,7 @@ def measure_category(
             f"{len(mask_failures)} of {len(rows)} pictures have a mask that cannot be used: not in the pixel metrics"
         )
     if failures:
-        count = len(pictures) + len(pictures.left_out)
+        count = len(images) + len(images.left_out)
         remarks.append(f"{len(failures)} of {count} test pictures could not be judged: not in any metric")
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
@@ -450,18 +450,18 @@ def measure_category(
         if streaming is not None:
             metrics, pixels = streaming.compute(), streaming.operating_points()
         else:
-            checked = check_pictures(maps, masks, scores, labels)
+            checked = check_images(maps, masks, scores, labels)
             pixels = rank_pixels(checked)
             metrics = measure(checked, pixels, reference=reference)
     remarks += [str(warning.message) for warning in caught]
     points = {"image": rank(scores[labels], scores[~labels]), "pixel": pixels}
-    roc = {name: its.roc_curve() for name, its in points.items()}
-    precision_recall = {name: its.precision_recall_curve() for name, its in points.items()}
+    roc = {name: ranked.roc_curve() for name, ranked in points.items()}
+    precision_recall = {name: ranked.precision_recall_curve() for name, ranked in points.items()}
     metrics_seconds += time.perf_counter() - started
     if threshold is not None:
         metrics["right_decisions"] = float(((scores > threshold) == labels).mean())
     return CategoryResult(
-        category=pictures.category,
+        category=images.category,
         metrics=metrics,
         image_threshold=threshold,
         rows=rows,
@@ -469,30 +469,30 @@ def measure_category(
         failures=failures,
         mask_failures=mask_failures,
         remarks=remarks,
-        f1_max_thresholds={name: its.f1_max_threshold() for name, its in points.items()},
+        f1_max_thresholds={name: ranked.f1_max_threshold() for name, ranked in points.items()},
         seconds=float(np.median(seconds)),
         metrics_seconds=metrics_seconds,
         memory=memory,
         roc=roc,
         precision_recall=precision_recall,
         pro=pixels.pro_curve(),
-        pictures=pictures,
+        images=images,
         predictions=predictions,
     )
 
 
-def unmeasured(pictures: TestPictures, predictions: StoredPredictions, failures: list[str]) -> CategoryResult:
+def unmeasured(images: TestImages, predictions: StoredPredictions, failures: list[str]) -> CategoryResult:
     """The result of a category of which no picture could be judged, for these reasons."""
     nothing = (np.empty(0), np.empty(0))
     return CategoryResult(
-        category=pictures.category,
+        category=images.category,
         metrics={},
         image_threshold=None,
         rows=[],
         unmasked=0,
         failures=failures,
         mask_failures=[],
-        remarks=[f"not measured: none of its {len(pictures)} test pictures could be judged"],
+        remarks=[f"not measured: none of its {len(images)} test pictures could be judged"],
         f1_max_thresholds={},
         seconds=math.nan,
         metrics_seconds=0,
@@ -500,23 +500,23 @@ def unmeasured(pictures: TestPictures, predictions: StoredPredictions, failures:
         roc={},
         precision_recall={},
         pro=nothing,
-        pictures=pictures,
+        images=images,
         predictions=predictions,
     )
 
 
-def _failure(pictures: TestPictures, index: int, failed: Mapping[int, str], folder: Path) -> str:
+def _failure(images: TestImages, index: int, failed: Mapping[int, str], folder: Path) -> str:
     """Why a picture has no prediction, if not for want of a model.
 
     Raises:
         ValueError: when it is for that.
     """
-    path, content = pictures.paths[index], pictures.contents[index]
+    path, content = images.paths[index], images.contents[index]
     for other in failed:
-        if content is not None and pictures.contents[other] == content:
-            return f"{path}: the same picture as {pictures.paths[other]}, which could not be judged"
+        if content is not None and images.contents[other] == content:
+            return f"{path}: the same picture as {images.paths[other]}, which could not be judged"
     try:
-        pictures.picture(index)
+        images.image(index)
     except ValueError as error:
         return str(error)
     if content is None:
@@ -524,14 +524,14 @@ def _failure(pictures: TestPictures, index: int, failed: Mapping[int, str], fold
     raise ValueError(f"{folder} has no prediction for {path}: give the model to go on")
 
 
-def _preprocess(picture: Image.Image, side: int, protocol: str) -> tuple[torch.Tensor, tuple[int, int]]:
+def _preprocess(image: Image.Image, side: int, protocol: str) -> tuple[torch.Tensor, tuple[int, int]]:
     """`[1, 3, side, side]` and the picture's (height, width)."""
     processor = DiffusionADImageProcessor()
     if protocol == "exact":
-        tensor, sizes = processor.preprocess(picture, side, side)
+        tensor, sizes = processor.preprocess(image, side, side)
         return tensor, sizes[0]
-    picture = ImageOps.exif_transpose(picture)
-    tensor, sizes = processor.preprocess(picture, picture.height, picture.width)
+    image = ImageOps.exif_transpose(image)
+    tensor, sizes = processor.preprocess(image, image.height, image.width)
     return _resize_8_bit(tensor, (side, side)), sizes[0]
 
 

@@ -12,7 +12,7 @@ from ..files.output_folder import OutputFolder
 from ..image_processor import DiffusionADImageProcessor
 from ..metrics import METRIC_NAMES
 from .measuring import CategoryResult
-from .report_page import CategoryReport, GalleryPicture, choose_gallery, write_report
+from .report_page import CategoryReport, GalleryImage, choose_gallery, write_report
 from .tables import cost
 
 
@@ -47,7 +47,7 @@ def category_report(result: CategoryResult) -> CategoryReport:
     groups = choose_gallery(scores, labels, result.image_threshold)
     chosen = [(group, result.rows[position]["index"]) for group, positions in groups.items() for position in positions]
     drawn = [_draw(group, index, result) for group, index in chosen]
-    gallery = [picture for picture in drawn if picture is not None]
+    gallery = [image for image in drawn if image is not None]
     remarks = list(result.remarks)
     if len(gallery) < len(drawn):
         remarks.append(f"{len(drawn) - len(gallery)} pictures are not shown: they are no longer what was judged")
@@ -71,34 +71,34 @@ def category_report(result: CategoryResult) -> CategoryReport:
     )
 
 
-def _draw(group: str, index: int, result: CategoryResult) -> GalleryPicture | None:
-    pictures = result.pictures
-    content = pictures.content(index)
+def _draw(group: str, index: int, result: CategoryResult) -> GalleryImage | None:
+    images = result.images
+    content = images.content(index)
     prediction = None if content is None else result.predictions.read(content)
     if prediction is None:
         return None
     processor = DiffusionADImageProcessor()
     try:
-        picture = processor.preprocess(pictures.picture(index), *prediction.size)[0]  # upright
+        image = processor.preprocess(images.image(index), *prediction.size)[0]  # upright
     except ValueError:
         return None
     try:
-        mask = pictures.mask(index, prediction.size)
+        mask = images.mask(index, prediction.size)
     except ValueError:  # said with the metrics
         mask = None
-    shown = processor.postprocess(picture, "pil")[0]  # RGB
+    shown = processor.postprocess(image, "pil")[0]  # RGB
     anomaly_map = processor.resize_to(torch.from_numpy(prediction.anomaly_map)[None, None], [prediction.size])[0][
         0
     ].numpy()
     pixel_threshold = result.predictions.settings["thresholds"]["pixel_threshold"]
-    path = Path(pictures.paths[index])
-    return GalleryPicture(
+    path = Path(images.paths[index])
+    return GalleryImage(
         group=group,
         name=f"{path.parent.name}/{path.name}",
-        defect_type=pictures.defect_types[index],
-        label=pictures.labels[index],
+        defect_type=images.defect_types[index],
+        label=images.labels[index],
         score=prediction.score,
-        picture=shown,
+        image=shown,
         reconstruction=Image.fromarray(prediction.reconstruction).resize(shown.size, Image.Resampling.BILINEAR),
         heatmap=processor.visualize_anomaly_map(shown, anomaly_map),
         predicted_mask=None

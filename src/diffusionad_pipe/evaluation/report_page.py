@@ -16,7 +16,7 @@ from PIL import Image
 from skimage.measure import approximate_polygon
 from sklearn.metrics import roc_auc_score
 
-from ..images.colors import COLOUR_SCALE
+from ..images.colors import COLOR_SCALE
 from ..images.files import PathLike
 from ..metrics import METRIC_NAMES, f1_max
 from ..runtime.figures import import_matplotlib
@@ -32,16 +32,16 @@ PRO_LIMIT = 0.3  # the field's usual limit of the PRO curve
 
 
 @dataclass
-class GalleryPicture:
+class GalleryImage:
     """One test picture and what the pipeline makes of it; the pictures may be of any size and are shrunk.
 
     Args:
         group: heading that the picture is shown under, one of [`choose_gallery`] or any other.
         name: caption, such as `colour/14.jpg`.
-        defect_type: such as `colour`, or `good`.
+        defect_type: such as `color`, or `good`.
         label: 1 where the picture is defective, 0 where it is good.
         score: its image score.
-        picture: RGB.
+        image: RGB.
         reconstruction: RGB.
         heatmap: RGB, the picture with its anomaly map over it, of the image processor.
         predicted_mask: RGB with contours, or a mask of mode 1 or L that is 0 where normal; None without a threshold.
@@ -53,7 +53,7 @@ class GalleryPicture:
     defect_type: str
     label: int
     score: float
-    picture: Image.Image
+    image: Image.Image
     reconstruction: Image.Image
     heatmap: Image.Image
     predicted_mask: Image.Image | None
@@ -71,7 +71,7 @@ class CategoryReport:
         image_threshold: anomalous is `score > threshold`; None where the model has no threshold.
         scores: finite image score of each test picture.
         labels: of each, 1 where it is defective.
-        defect_types: of each, such as `colour` or `good`.
+        defect_types: of each, such as `color` or `good`.
         roc: `"image"` and `"pixel"`, each if there is one → (false-positive rate, true-positive rate), both rising.
         precision_recall: the same → (recall, precision) with recall falling, as scikit-learn gives it.
         pro: (false-positive rate, mean overlap of the regions), both rising; None if there is none.
@@ -88,7 +88,7 @@ class CategoryReport:
     roc: dict[str, tuple[np.ndarray, np.ndarray]]
     precision_recall: dict[str, tuple[np.ndarray, np.ndarray]]
     pro: tuple[np.ndarray, np.ndarray] | None
-    gallery: Sequence[GalleryPicture]
+    gallery: Sequence[GalleryImage]
 
 
 def choose_gallery(
@@ -155,14 +155,14 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters["metric"] = _metric
-    environment.filters["data_uri"] = lambda picture: _data_uri(picture, side)
+    environment.filters["data_uri"] = lambda image: _data_uri(image, side)
     environment.globals |= {"METRIC_NAMES": METRIC_NAMES, "WIDTH": WIDTH, "HEIGHT": HEIGHT}
     html = environment.get_template("report.html").render(
         title=title,
         categories=[(category, _view(category)) for category in categories],
         overview=_overview(categories),
         configuration=configuration,
-        colours=[f"#{colour}" for colour in COLOUR_SCALE.split()],
+        colors=[f"#{color}" for color in COLOR_SCALE.split()],
     )
     # Names of files need not be valid Unicode.
     Path(path).write_text(html, encoding="utf-8", errors="backslashreplace")
@@ -172,10 +172,10 @@ def _metric(value: float) -> str:
     return "undefined" if np.isnan(value) else f"{value:.4f}"
 
 
-def _data_uri(picture: Image.Image, side: int) -> tuple[str, int, int]:
+def _data_uri(image: Image.Image, side: int) -> tuple[str, int, int]:
     """A shrunk picture as (data URI, width, height)."""
-    is_mask = picture.mode in ("1", "L")
-    shown = picture.convert("L" if is_mask else "RGB")
+    is_mask = image.mode in ("1", "L")
+    shown = image.convert("L" if is_mask else "RGB")
     scale = min(1, side / max(shown.size))
     size = max(1, round(scale * shown.width)), max(1, round(scale * shown.height))
     if is_mask:  # a region that is smaller than a pixel must not vanish
@@ -223,8 +223,8 @@ def _view(category: CategoryReport) -> dict[str, Any]:
         "charts": _charts(category),
         "defect_types": _defect_types(category, score, defective, position(score)),
         "groups": {
-            group: [picture for picture in category.gallery if picture.group == group]
-            for group in dict.fromkeys(picture.group for picture in category.gallery)
+            group: [image for image in category.gallery if image.group == group]
+            for group in dict.fromkeys(image.group for image in category.gallery)
         },
     }
 

@@ -125,13 +125,13 @@ def write_tables(results: Sequence[CategoryResult], folder: OutputFolder, settin
         {
             "remarks": result.remarks,
             "f1_max_thresholds": _without_nan(result.f1_max_thresholds),
-            "seconds_per_picture": result.seconds,
+            "seconds_per_image": result.seconds,
             "seconds_for_metrics": result.metrics_seconds,
             "peak_memory_bytes": result.memory,
         }
         for result in results
     ]
-    plain = [_without_nan(row | its) for row, its in zip(rows, [*measured, {}])]
+    plain = [_without_nan(row | others) for row, others in zip(rows, [*measured, {}])]
     text = json.dumps({"settings": settings, "results": plain}, indent=1, ensure_ascii=False)
     score_columns = ["category", "path", "defect_type", "label", "score", "decision"]
     folder.write_together(

@@ -17,7 +17,7 @@ from ..files.output_folder import sha256_of
 from ..images.files import MAX_PIXELS, open_cell, shown
 
 
-class TestPictures:
+class TestImages:
     """The test pictures of one category, opened when they are asked for.
 
     Args:
@@ -58,11 +58,11 @@ class TestPictures:
                 return hashlib.sha256(cell["bytes"]).hexdigest()
             if stat.S_ISREG(os.stat(cell["path"]).st_mode):  # reading a pipe might never end
                 return sha256_of(cell["path"])
-        except (OSError, TypeError, ValueError):  # [`picture`] says why
+        except (OSError, TypeError, ValueError):  # [`image`] says why
             pass
         return None
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         """Decoded; raises ImageFileError."""
         return open_cell(self.cells[index]["image"], self.paths[index], max_pixels=self.max_pixels)
 
@@ -86,15 +86,15 @@ class TestPictures:
         return None if self.labels[index] and not mask.any() else mask
 
 
-def load_test_pictures(
+def load_test_images(
     data: str | os.PathLike[str], category: str | None, max_pixels: int = MAX_PIXELS
-) -> list[TestPictures]:
+) -> list[TestImages]:
     """The test pictures of each category that has some.
 
     Args:
         data: any layout of [`load_anomaly_dataset`].
         category: one category, `"all"`, or None where `data` holds only one.
-        max_pixels: as of [`TestPictures`].
+        max_pixels: as of [`TestImages`].
 
     Raises:
         ValueError: names what is missing.
@@ -107,5 +107,5 @@ def load_test_pictures(
     untested = sorted({name for rows in splits.values() for name in rows.unique("category")} - tested)
     if untested:
         warnings.warn(f"without test pictures, and so not measured: {', '.join(untested)}", stacklevel=1)
-    its = {name: [doubt for doubt in doubts if doubt.category == name and doubt.split == "test"] for name in tested}
-    return [TestPictures(splits["test"], name, max_pixels, its[name]) for name in sorted(tested)]
+    doubted = {name: [doubt for doubt in doubts if doubt.category == name and doubt.split == "test"] for name in tested}
+    return [TestImages(splits["test"], name, max_pixels, doubted[name]) for name in sorted(tested)]

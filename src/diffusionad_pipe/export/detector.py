@@ -29,7 +29,7 @@ from ..runtime.prefetch import prefetched
 if TYPE_CHECKING:
     import openvino
 
-Picture: TypeAlias = Image.Image | NDArray[Any]
+ImageInput: TypeAlias = Image.Image | NDArray[Any]
 # Pictures [B, H, W, 3] uint8 -> maps [B, H, W], scores [B] and, if wanted, reconstructions [B, H, W, 3], all float32.
 Graph: TypeAlias = Callable[[NDArray[np.uint8]], Sequence[NDArray[np.float32]]]
 # Of one picture: map [H, W, 1], score [] and, if wanted, reconstruction [H, W, 3].
@@ -135,7 +135,7 @@ class ExportedDetector:
 
     def __call__(
         self,
-        image: Picture | Sequence[Picture],
+        image: ImageInput | Sequence[ImageInput],
         *,
         batch_size: int | None = None,
         output_type: str = "pil",
@@ -159,12 +159,12 @@ class ExportedDetector:
             ValueError: for pictures or arguments that cannot be used, and a file that gives NaN.
         """
         batch_size = _check_arguments(1 if batch_size is None else batch_size, output_type)
-        pictures = [to_rgb_uint8(picture) for picture in _split(image)]
-        output = self._to_output(list(self._detect(pictures, batch_size)), output_type)
+        images = [to_rgb_uint8(image) for image in _split(image)]
+        output = self._to_output(list(self._detect(images, batch_size)), output_type)
         return output if return_dict else tuple(getattr(output, name) for name in output.__dataclass_fields__)
 
     def stream(
-        self, images: Iterable[Picture], *, batch_size: int | None = None, output_type: str = "pil"
+        self, images: Iterable[ImageInput], *, batch_size: int | None = None, output_type: str = "pil"
     ) -> Iterator[ExportedDetectorOutput]:
         """Detect anomalies in any number of pictures, while a thread decodes the next.
 
@@ -184,20 +184,22 @@ class ExportedDetector:
         batch_size = _check_arguments(STREAM_BATCH if batch_size is None else batch_size, output_type)
         return self._stream(images, batch_size, output_type)
 
-    def _stream(self, images: Iterable[Picture], batch_size: int, output_type: str) -> Iterator[ExportedDetectorOutput]:
-        pictures, done = prefetched(map(to_rgb_uint8, images), batch_size), 0
-        while batch := list(islice(pictures, batch_size)):
+    def _stream(
+        self, images: Iterable[ImageInput], batch_size: int, output_type: str
+    ) -> Iterator[ExportedDetectorOutput]:
+        arrays, done = prefetched(map(to_rgb_uint8, images), batch_size), 0
+        while batch := list(islice(arrays, batch_size)):
             for found in self._detect(batch, batch_size, done):
                 yield self._to_output([found], output_type)
             done += len(batch)
 
-    def _detect(self, pictures: list[NDArray[np.uint8]], batch_size: int, done: int = 0) -> Iterator[Found]:
+    def _detect(self, images: list[NDArray[np.uint8]], batch_size: int, done: int = 0) -> Iterator[Found]:
         """Run the graph on pictures `[H, W, 3]`, those of one size that follow each other together. `done` is how many
         pictures came before."""
         start = 0
-        while start < len(pictures):
-            batch = pictures[start : start + batch_size]
-            count = next((i for i, picture in enumerate(batch) if picture.shape != batch[0].shape), len(batch))
+        while start < len(images):
+            batch = images[start : start + batch_size]
+            count = next((i for i, image in enumerate(batch) if image.shape != batch[0].shape), len(batch))
             maps, *others = self.graph(np.stack(batch[:count]))
             for index, found in enumerate(zip(maps[..., None], *others)):
                 # NaN is above no threshold, so the picture would pass as good.
@@ -238,18 +240,18 @@ def _check_arguments(batch_size: int, output_type: str) -> int:
     return batch_size
 
 
-def to_rgb_uint8(picture: Picture) -> NDArray[np.uint8]:
+def to_rgb_uint8(image: ImageInput) -> NDArray[np.uint8]:
     """Turn one picture into uint8 RGB `[H, W, 3]`; transparent pixels are put on white, as the pipeline does.
 
     Raises:
         TypeError: for something that is not a picture.
         ValueError: for a picture whose shape or values cannot be used.
     """
-    if not isinstance(picture, Image.Image | np.ndarray):
+    if not isinstance(image, Image.Image | np.ndarray):
         raise TypeError(
-            f"a picture must be a PIL image or a NumPy array, not {type(picture).__name__}; open files with open_image"
+            f"a picture must be a PIL image or a NumPy array, not {type(image).__name__}; open files with open_image"
         )
-    array = read_pil(picture) if isinstance(picture, Image.Image) else picture
+    array = read_pil(image) if isinstance(image, Image.Image) else image
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
         raise ValueError(f"array of shape {array.shape}; make it [H, W] or [H, W, C] with C = 1, 3 or 4")
@@ -274,10 +276,10 @@ def _to_unit_range(array: NDArray[Any]) -> NDArray[Any]:
 
 def _split(image: Any) -> list[Any]:
     items = list(image) if isinstance(image, list | tuple) else [image]
-    pictures = [p for item in items for p in (item if isinstance(item, np.ndarray) and item.ndim == 4 else [item])]
-    if not pictures:
+    images = [p for item in items for p in (item if isinstance(item, np.ndarray) and item.ndim == 4 else [item])]
+    if not images:
         raise ValueError("there are no pictures; give at least one")
-    return pictures
+    return images
 
 
 def _collect(arrays: list[NDArray[Any]], output_type: str) -> Any:
@@ -313,7 +315,7 @@ def _load_onnx(
     session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     name = session.get_inputs()[0].name
-    return text, lambda pictures: session.run(outputs, {name: pictures})
+    return text, lambda images: session.run(outputs, {name: images})
 
 
 @cache
@@ -347,9 +349,9 @@ def _load_openvino(
     device = options.pop("DEVICE", "CPU")
     compiled = core.compile_model(model, device, {**properties, **options})
 
-    def run(pictures: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    def run(images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         request = compiled.create_infer_request()  # one for each call: threads may share a detector
-        return [result.copy() for result in request.infer(pictures).values()]
+        return [result.copy() for result in request.infer(images).values()]
 
     return text, run
 
@@ -364,9 +366,9 @@ def _load_torch(
     extra = {METADATA_KEY: ""}
     module = torch.export.load(path, extra_files=extra).module()
 
-    def run(pictures: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    def run(images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         with torch.no_grad():
-            found = module(torch.from_numpy(pictures))
+            found = module(torch.from_numpy(images))
         return [result.numpy() for result in found[: len(outputs)]]
 
     return extra[METADATA_KEY], run

@@ -87,29 +87,29 @@ class WholeDetector(nn.Module):
         top_k = pipe.config.score_top_k
         self.score_pixels = min(max(int(top_k) if top_k >= 1 else round(top_k * height * width), 1), height * width)
 
-    def forward(self, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Detect anomalies.
 
         Args:
-            picture: RGB `[B, H, W, 3]` uint8, of any size.
+            image: RGB `[B, H, W, 3]` uint8, of any size.
 
         Returns:
             The map `[B, H, W]` in [0, 1], the score `[B]` and the reconstruction `[B, H, W, 3]` in [0, 1].
         """
-        batch, own_height, own_width, _ = picture.shape
+        batch, own_height, own_width, _ = image.shape
         height, width = self.noise.shape[-2:]
-        pictures = resize(picture.permute(0, 3, 1, 2).float() / 255, height, width).clamp(0, 1)
+        images = resize(image.permute(0, 3, 1, 2).float() / 255, height, width).clamp(0, 1)
         noises = self.noise.expand(-1, -1, batch, -1, -1, -1)
-        maps, reconstructions = self.pipe.detect(pictures, noises, self.timesteps)
+        maps, reconstructions = self.pipe.detect(images, noises, self.timesteps)
         scores = maps.flatten(1).topk(self.score_pixels).values.mean(1)
         own_maps = resize(maps, own_height, own_width).clamp(0, 1)
         own_reconstructions = resize(reconstructions, own_height, own_width).clamp(0, 1)
         return own_maps[:, 0], scores, own_reconstructions.permute(0, 2, 3, 1)
 
 
-def resize(pictures: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """As the pipeline resizes: where a side grows, antialiasing changes nothing."""
-    return F.interpolate(pictures, size=(height, width), mode="bilinear", antialias=True)
+    return F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
 
 
 def export_detector(
@@ -119,7 +119,7 @@ def export_detector(
     *,
     int8: bool = False,
     calibration: Sequence[NDArray[np.uint8]] = (),
-    licence: str | None = None,
+    license: str | None = None,
     name: str | None = None,
 ) -> ExportResult:
     """Write a pipeline as one file, and run it once to see that it says what the pipeline says.
@@ -133,7 +133,7 @@ def export_detector(
             (OpenVINO's is NNCF).
         calibration: good pictures, uint8 `[H, W, 3]` each, from which the ranges of the activations are taken. Needed
             for `int8`; 30 to 300 are usual.
-        licence: of the weights, for the metadata.
+        license: of the weights, for the metadata.
         name: of the model, for the metadata.
 
     Returns:
@@ -166,7 +166,7 @@ def export_detector(
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "model": name,
-        "licence": licence,
+        "license": license,
         "precision": "int8" if int8 else "float32",
         "height": height,
         "width": width,
@@ -203,9 +203,9 @@ def export_detector(
         # OpenVINO's weights, .bin, come first: an old .xml then meets new weights, and refuses them.
         folder.move_in(written)
 
-    picture = calibration[0] if len(calibration) else _picture_to_try(height, width)
-    ours = pipe(picture, output_type="np", batch_size=1)
-    theirs = ExportedDetector(path)(picture, output_type="np")
+    image = calibration[0] if len(calibration) else _image_to_try(height, width)
+    ours = pipe(image, output_type="np", batch_size=1)
+    theirs = ExportedDetector(path)(image, output_type="np")
     result = ExportResult(
         path,
         metadata,
@@ -252,11 +252,11 @@ def write_onnx(source: Path, path: Path, metadata: str, calibration: list[NDArra
 
         class Reader(CalibrationDataReader):
             def __init__(self) -> None:
-                self.pictures = iter(calibration)
+                self.images = iter(calibration)
 
             def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-                picture = next(self.pictures, None)
-                return None if picture is None else {"picture": picture[None]}
+                image = next(self.images, None)
+                return None if image is None else {"picture": image[None]}
 
         prepared, quantized = source.with_name("prepared.onnx"), source.with_name("quantized.onnx")
         # ONNX Runtime's own optimizer folds constants here; its symbolic shape inference does not know every operator.
@@ -299,7 +299,7 @@ def write_openvino(source: Path, path: Path, metadata: str, calibration: list[ND
         def quantize() -> Iterator["openvino.Model"]:
             yield nncf.quantize(
                 model,
-                nncf.Dataset(calibration, lambda picture: picture[None]),
+                nncf.Dataset(calibration, lambda image: image[None]),
                 preset=nncf.QuantizationPreset.MIXED,  # symmetric weights, asymmetric activations: SiLU's need it
                 subset_size=len(calibration),
                 ignored_scope=nncf.IgnoredScope(
@@ -373,25 +373,25 @@ def resize_by_products(model: "openvino.Model") -> None:
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Interpolate" or node.get_attributes().get("mode") != "bilinear_pillow":
             continue
-        pictures, after = node.input_value(0), node.input_value(1)  # [B, C, H, W]; height and width to be
-        before = opset13.shape_of(pictures)
-        wide = opset13.matmul(pictures, weights(item(before, 3), item(after, 1)), False, False)
+        images, after = node.input_value(0), node.input_value(1)  # [B, C, H, W]; height and width to be
+        before = opset13.shape_of(images)
+        wide = opset13.matmul(images, weights(item(before, 3), item(after, 1)), False, False)
         resized = opset13.matmul(weights(item(before, 2), item(after, 0)), wide, True, False)
         node.output(0).replace(resized.output(0))
     model.validate_nodes_and_infer_types()
 
 
-def _picture_to_try(height: int, width: int) -> NDArray[np.uint8]:
+def _image_to_try(height: int, width: int) -> NDArray[np.uint8]:
     """A smooth random picture, larger than the networks' size."""
     coarse = torch.rand(1, 3, 8, 8, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
     smooth = F.interpolate(coarse, size=(height + height // 4, width + width // 2), mode="bicubic").clamp(0, 1)
     return smooth.mul(255).round().to(torch.uint8)[0].permute(1, 2, 0).numpy()
 
 
-def stated_licence(model: str | os.PathLike[str]) -> str | None:
+def stated_license(model: str | os.PathLike[str]) -> str | None:
     """The licence that the model card in a pipeline's folder states, as the Hub writes it (`cc-by-4.0`), or None."""
     card = Path(model, "README.md")
     if not card.is_file():
         return None
-    licence = ModelCard.load(card).data.to_dict().get("license")
-    return None if licence is None else str(licence)
+    license = ModelCard.load(card).data.to_dict().get("license")
+    return None if license is None else str(license)

@@ -22,7 +22,7 @@ def write_model_card(
     folder: str | os.PathLike[str],
     config: dict[str, Any],
     *,
-    picture_count: int,
+    image_count: int,
     held_out_count: int,
     best_step: int,
     hours: float,
@@ -34,7 +34,7 @@ def write_model_card(
     Args:
         folder: the pipeline's folder; its `model_index.json` holds the thresholds.
         config: the training configuration.
-        picture_count: good pictures, held-out ones included.
+        image_count: good pictures, held-out ones included.
         held_out_count: of them held out.
         best_step: the step whose weights were kept; its picture grid, if there is one, is shown.
         hours: that training took.
@@ -54,7 +54,7 @@ def write_model_card(
         folder,
         Path(folder).absolute().name,
         {
-            "license": config["licence"],
+            "license": config["license"],
             "datasets": [dataset] if on_the_hub else None,
             "base_model": base if base_on_the_hub else None,
         },
@@ -63,14 +63,14 @@ def write_model_card(
         or (dataset if on_the_hub else Path(config["train_data_dir"] or dataset).name),
         base=base if base is None or base_on_the_hub else Path(base).name,
         teacher=teacher if teacher is None or not Path(teacher).exists() else Path(teacher).absolute().name,
-        training_pictures=picture_count - held_out_count,
-        held_out_pictures=held_out_count,
+        training_images=image_count - held_out_count,
+        held_out_images=held_out_count,
         config=config,
         best_step=best_step,
         hours=hours,
         hardware=hardware,
         validation={METRIC_NAMES[name]: value for name, value in validation.items()},
-        picture=samples if (Path(folder) / samples).is_file() else None,
+        image=samples if (Path(folder) / samples).is_file() else None,
         thresholds=describe_thresholds(
             index["image_threshold"],
             index["pixel_threshold"],
@@ -78,7 +78,7 @@ def write_model_card(
             held_out_count,
             config["false_positive_rate"],
         ),
-        licence_note=config["licence_note"]
+        license_note=config["license_note"]
         or "The weights are under the licence of their training pictures"
         + (", and of the model that taught them." if teacher else "."),
     )
@@ -102,21 +102,21 @@ def write_plain_card(folder: str | os.PathLike[str], origin: str, name: str | No
         )
     note = "Not stated: ask for it where the weights come from."
     name = name or Path(folder).absolute().name
-    _save(folder, _fill(folder, name, {}, config=None, origin=origin, thresholds=thresholds, licence_note=note))
+    _save(folder, _fill(folder, name, {}, config=None, origin=origin, thresholds=thresholds, license_note=note))
 
 
-def describe_thresholds(image: float, pixel: float, pictures: str, count: int, false_positive_rate: float) -> str:
+def describe_thresholds(image: float, pixel: float, images: str, count: int, false_positive_rate: float) -> str:
     """What both thresholds promise, for a card.
 
     Args:
         image: threshold of the image score.
         pixel: threshold of the map.
-        pictures: what they come from, such as `"100 good pictures"`.
+        images: what they come from, such as `"100 good pictures"`.
         count: how many these are.
         false_positive_rate: α that they aim at.
     """
     text = (
-        f"{image:.4f} for the image score and {pixel:.4f} for pixels. They come from {pictures}, never from test "
+        f"{image:.4f} for the image score and {pixel:.4f} for pixels. They come from {images}, never from test "
         "pictures. "
     )
     if smallest_rate(count) <= false_positive_rate * (1 + 1e-9):

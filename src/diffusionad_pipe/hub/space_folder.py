@@ -81,13 +81,13 @@ def _all_but_json_and_safetensors(folder: str, names: list[str]) -> set[str]:
     return {name for name in names if not name.endswith((".json", ".safetensors"))}
 
 
-def _write_examples(folder: Path, pictures: Sequence[Path], max_pixels: int) -> None:
+def _write_examples(folder: Path, images: Sequence[Path], max_pixels: int) -> None:
     folder.mkdir()
     processor = DiffusionADImageProcessor()
-    for index, file in enumerate(find_images(pictures), 1):
+    for index, file in enumerate(find_images(images), 1):
         try:
-            picture = open_image(file, max_pixels=max_pixels)
-            tensor, _ = processor.preprocess(picture, picture.height, picture.width)
+            image = open_image(file, max_pixels=max_pixels)
+            tensor, _ = processor.preprocess(image, image.height, image.width)
         except ImageFileError:
             raise
         except ValueError as error:

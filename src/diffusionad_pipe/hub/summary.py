@@ -48,7 +48,7 @@ def summarize(model: str) -> dict[str, str]:
     rows = dict(line.strip("|").split("|", 1) for line in lines if line.startswith("| ") and line.count("|") == 3)
     training = {title.strip(): text.strip() for title, text in rows.items()}
     summary["training data"] = "; ".join(training[key] for key in ("data", "pictures") if key in training) or UNKNOWN
-    summary["licence"] = (data and data.license) or UNKNOWN
+    summary["license"] = (data and data.license) or UNKNOWN
     results = (data and data.eval_results) or []
     for name in dict.fromkeys(result.dataset_name for result in results):
         values = [f"{r.metric_name} {r.metric_value:.4f}" for r in results if r.dataset_name == name]

@@ -148,16 +148,16 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
     found: dict[str, Path] = {}
-    for file in (file for path in paths for file in list_pictures(path)):
+    for file in (file for path in paths for file in list_images(path)):
         found.setdefault(os.path.abspath(file), file)
-    pictures = without_products(list(found.values()))
-    if found and not pictures:
+    images = without_products(list(found.values()))
+    if found and not images:
         first = shown(next(iter(found.values())))
         raise ImageFileError(f"{first}: diffusionad wrote it itself; give pictures to look at")
-    return pictures
+    return images
 
 
-def list_pictures(path: PathLike, failures: list[str] | None = None) -> list[Path]:
+def list_images(path: PathLike, failures: list[str] | None = None) -> list[Path]:
     """[`find_images`] for one path, with what this package wrote itself; `failures` as of [`search_folder`]."""
     if not os.path.lexists(path):
         raise ImageFileError(f"{shown(path)}: there is no such file or folder; check the path")

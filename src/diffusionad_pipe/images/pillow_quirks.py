@@ -154,9 +154,9 @@ def _put_right_tiff(image: TiffImageFile) -> Image.Image:
         right.info = dict(image.info)
         return right
     if image.mode == "P" and 0 < max(tag(TiffImagePlugin.COLORMAP, (0,))) < 256:  # of 8 bits, as libtiff knows
-        colours = np.array(tag(TiffImagePlugin.COLORMAP), np.uint8).reshape(3, -1).T
+        colors = np.array(tag(TiffImagePlugin.COLORMAP), np.uint8).reshape(3, -1).T
         right = image.copy()
-        right.putpalette(colours.tobytes())
+        right.putpalette(colors.tobytes())
         return right
     if photometric == 2 and samples == 4 and not tag(338) and image.getchannel(3).getextrema() != (255, 255):
         raise MisreadError(f"nothing says what the fourth channel is (the tag ExtraSamples is missing); {SAVE_AS_PNG}")

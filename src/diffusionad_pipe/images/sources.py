@@ -18,14 +18,14 @@ from PIL import Image
 
 from ..files.output_folder import LONGEST_NAME, OwnProducts, folded, safe_name, sha256_of
 from .dataset_rows import load_rows
-from .files import ImageFileError, list_pictures, open_cell, open_image, search_folder, without_products
+from .files import ImageFileError, list_images, open_cell, open_image, search_folder, without_products
 from .pixels import MAX_ASPECT_RATIO
 
 LONGEST_ENDING = 20  # bytes of what follows an output's name: a number, `_map.npy`
 WATCH_SECONDS = 1.0  # between two looks at a watched folder
 
 
-class PictureSource(NamedTuple):
+class ImageSource(NamedTuple):
     """One picture that is yet to be read.
 
     Args:
@@ -44,7 +44,7 @@ class PictureSource(NamedTuple):
     file: Path | None = None
 
 
-def find_files(arguments: Iterable[str], listed: BinaryIO | None = None) -> list[PictureSource]:
+def find_files(arguments: Iterable[str], listed: BinaryIO | None = None) -> list[ImageSource]:
     """The pictures that the arguments of a command stand for.
 
     What this package wrote itself is left out, see [`find_images`]. What stands for no picture is a source too, whose
@@ -57,7 +57,7 @@ def find_files(arguments: Iterable[str], listed: BinaryIO | None = None) -> list
     Raises:
         ImageFileError: when nothing is found at all; names the first argument that stands for no picture, and the cure.
     """
-    found: dict[str, PictureSource] = {}
+    found: dict[str, ImageSource] = {}
     problems: list[ImageFileError] = []
     for argument in arguments:
         try:
@@ -73,19 +73,19 @@ def find_files(arguments: Iterable[str], listed: BinaryIO | None = None) -> list
         for source in sources:
             found.setdefault(os.path.abspath(source.place), source)
     kept = {os.path.abspath(file) for file in without_products([source.place for source in found.values()])}
-    pictures = [source for place, source in found.items() if place in kept]
-    if found and not any(source.file for source in pictures):  # nothing but what cannot be read
+    images = [source for place, source in found.items() if place in kept]
+    if found and not any(source.file for source in images):  # nothing but what cannot be read
         if problems:
             raise problems[0]
         raise ImageFileError(f"all {len(found)} pictures were written by diffusionad itself; give other pictures")
-    return pictures
+    return images
 
 
-def _find(place: Path, problems: list[ImageFileError]) -> list[PictureSource]:
+def _find(place: Path, problems: list[ImageFileError]) -> list[ImageSource]:
     """The pictures of one file or folder, and what fails in their place."""
     failures: list[str] = []  # of folders in it that may not be read
     try:
-        sources = [from_file(file) for file in list_pictures(place, failures)]
+        sources = [from_file(file) for file in list_images(place, failures)]
     except ImageFileError as error:
         problems.append(error)
         return [_unreadable(place, error)]
@@ -110,25 +110,25 @@ def _read_list(listed: BinaryIO | None) -> list[Path]:
     return paths
 
 
-def from_file(file: Path) -> PictureSource:
+def from_file(file: Path) -> ImageSource:
     """A picture that is a file."""
-    return PictureSource(str(file), file, partial(_open, file), partial(sha256_of, file), file)
+    return ImageSource(str(file), file, partial(_open, file), partial(sha256_of, file), file)
 
 
 def _open(file: Path, max_pixels: int, max_aspect_ratio: float = MAX_ASPECT_RATIO) -> Image.Image:
     return open_image(file, max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio)
 
 
-def _unreadable(place: Path, error: ImageFileError) -> PictureSource:
+def _unreadable(place: Path, error: ImageFileError) -> ImageSource:
     """What stands for no picture, and says so when it is to be read."""
-    return PictureSource(str(place), place, partial(_fail, error), partial(_fail, FileNotFoundError(place)))
+    return ImageSource(str(place), place, partial(_fail, error), partial(_fail, FileNotFoundError(place)))
 
 
 def _fail(error: Exception, *_: object) -> Any:
     raise error
 
 
-def find_rows(dataset: str, split: str | None = None, column: str = "image") -> list[PictureSource]:
+def find_rows(dataset: str, split: str | None = None, column: str = "image") -> list[ImageSource]:
     """The pictures in a dataset of Hugging Face `datasets`.
 
     Args:
@@ -173,12 +173,12 @@ def find_rows(dataset: str, split: str | None = None, column: str = "image") -> 
         return sha256_of(cell["path"]) if cell.get("bytes") is None else hashlib.sha256(cell["bytes"]).hexdigest()
 
     return [
-        PictureSource(name(index), place / f"{index:06d}", partial(read, index), partial(sha256, index))
+        ImageSource(name(index), place / f"{index:06d}", partial(read, index), partial(sha256, index))
         for index in range(len(rows))
     ]
 
 
-def watch_folders(folders: Sequence[Path], seconds: float = WATCH_SECONDS) -> Iterator[list[PictureSource]]:
+def watch_folders(folders: Sequence[Path], seconds: float = WATCH_SECONDS) -> Iterator[list[ImageSource]]:
     """Look again and again for pictures that are new or have changed, and are completely written.
 
     A picture counts as completely written when its size and its time of change were the same in two looks. One that is

@@ -14,7 +14,7 @@ from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import precision_recall_curve
 
 from .operating_points import OperatingPoints, image_metrics, pixel_metrics, rank, warn_if_undefined
-from .scored_images import EIGHT_CONNECTED, Array, ScoredPictures, check_pictures, label_regions
+from .scored_images import EIGHT_CONNECTED, Array, ScoredImages, check_images, label_regions
 from .streaming import StreamingAnomalyMetrics
 
 REFERENCE_THRESHOLDS = 1000
@@ -47,7 +47,7 @@ def evaluate_maps(
         good or without defective pictures, and the pixel metrics without good or without defective pixels.
 
     Raises:
-        ValueError: for a method or a limit that does not exist, and as [`check_pictures`].
+        ValueError: for a method or a limit that does not exist, and as [`check_images`].
     """
     if method not in ("exact", "streaming", "reference"):
         raise ValueError(f"there is no method {method!r}: use exact, streaming or reference")
@@ -55,12 +55,12 @@ def evaluate_maps(
         streaming = StreamingAnomalyMetrics(fpr_limits)
         streaming.update(anomaly_maps, masks, image_scores, labels)
         return streaming.compute()
-    pictures = check_pictures(anomaly_maps, masks, image_scores, labels)
-    return measure(pictures, rank_pixels(pictures), fpr_limits, reference=method == "reference")
+    images = check_images(anomaly_maps, masks, image_scores, labels)
+    return measure(images, rank_pixels(images), fpr_limits, reference=method == "reference")
 
 
 def measure(
-    pictures: ScoredPictures,
+    images: ScoredImages,
     points: OperatingPoints,
     fpr_limits: Sequence[float] = (0.3, 0.05),
     *,
@@ -69,16 +69,16 @@ def measure(
     """[`evaluate_maps`] for who needs the operating points as well, which take most of its time.
 
     Args:
-        pictures: checked; with scores, or there are no image metrics.
+        images: checked; with scores, or there are no image metrics.
         points: of their pixels, by [`rank_pixels`].
         fpr_limits: limits for the AU-PRO.
         reference: whether that is [`reference_au_pro`].
     """
-    metrics = image_metrics(pictures.scores, pictures.labels) if len(pictures.scores) else {}
+    metrics = image_metrics(images.scores, images.labels) if len(images.scores) else {}
     metrics |= pixel_metrics(points, fpr_limits)
     if reference and points.defined:
         limits = {f"au_pro_{limit:.2f}": limit for limit in fpr_limits}
-        metrics |= {name: reference_au_pro(pictures.maps, pictures.masks, limit) for name, limit in limits.items()}
+        metrics |= {name: reference_au_pro(images.maps, images.masks, limit) for name, limit in limits.items()}
     return metrics
 
 
@@ -131,7 +131,7 @@ def au_pro(
     Returns:
         The area in [0, 1]; NaN, with a warning, without regions or without background.
     """
-    points = rank_pixels(check_pictures(anomaly_maps, masks))
+    points = rank_pixels(check_images(anomaly_maps, masks))
     warn_if_undefined("pixel", "pixels with a mask", points, stacklevel=2)
     return points.au_pro(fpr_limit)
 
@@ -154,8 +154,8 @@ def reference_au_pro(
         The area. NaN, with a warning, without regions, without background, or when no threshold has a false-positive
         rate above 0 and within the limit, as when all scores are equal.
     """
-    pictures = check_pictures(anomaly_maps, masks)
-    measured = [(m.cpu().numpy(), mask) for m, mask in zip(pictures.maps, pictures.masks) if mask is not None]
+    images = check_images(anomaly_maps, masks)
+    measured = [(m.cpu().numpy(), mask) for m, mask in zip(images.maps, images.masks) if mask is not None]
     high = max((m.max() for m, _ in measured), default=np.float32(0))
     low = min((m.min() for m, _ in measured), default=high)
     step = (high - low) / REFERENCE_THRESHOLDS
@@ -186,11 +186,11 @@ def reference_au_pro(
     return float(np.trapezoid(pro, fpr / fpr[-1]))
 
 
-def rank_pixels(pictures: ScoredPictures) -> OperatingPoints:
+def rank_pixels(images: ScoredImages) -> OperatingPoints:
     """Operating points of all pixels of the pictures with masks."""
     defective, gain, good = ([np.empty(0, dtype=np.float32)] for _ in range(3))
     regions = 0
-    for anomaly_map, mask in zip(pictures.maps, pictures.masks):
+    for anomaly_map, mask in zip(images.maps, images.masks):
         if mask is None:
             continue
         scores = anomaly_map.cpu().numpy()

@@ -12,7 +12,7 @@ EIGHT_CONNECTED = np.ones((3, 3), dtype=int)
 Array = np.ndarray | torch.Tensor
 
 
-class ScoredPictures(NamedTuple):
+class ScoredImages(NamedTuple):
     """Checked pictures.
 
     Args:
@@ -28,14 +28,14 @@ class ScoredPictures(NamedTuple):
     labels: np.ndarray
 
 
-def check_pictures(
+def check_images(
     anomaly_maps: Sequence[Array] | Array,
     masks: Sequence[Array | None] | Array | None,
     image_scores: Sequence[float] | Array | float | None = None,
     labels: Sequence[int] | Array | int | None = None,
     *,
     first: int = 0,
-) -> ScoredPictures:
+) -> ScoredImages:
     """Pictures whose parts belong together.
 
     Args:
@@ -73,13 +73,13 @@ def check_pictures(
         names = ", ".join(str(first + index) for index in sorted(broken))
         raise ValueError(f"map or score {names} is not finite: NaN and infinity have no rank")
     if image_scores is None:
-        return ScoredPictures(maps, checked, scores, np.empty(0, dtype=bool))
+        return ScoredImages(maps, checked, scores, np.empty(0, dtype=bool))
     if labels is not None:
-        return ScoredPictures(maps, checked, scores, given["labels"])
+        return ScoredImages(maps, checked, scores, given["labels"])
     for index, mask in enumerate(checked):
         if mask is None:
             raise ValueError(f"picture {first + index} has no mask that would tell if it is anomalous: give labels")
-    return ScoredPictures(maps, checked, scores, np.array([mask.any() for mask in checked if mask is not None]))
+    return ScoredImages(maps, checked, scores, np.array([mask.any() for mask in checked if mask is not None]))
 
 
 def label_regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

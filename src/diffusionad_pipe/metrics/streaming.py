@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .operating_points import OperatingPoints, image_metrics, pixel_metrics
-from .scored_images import Array, check_pictures, label_regions, where_it_is_fastest
+from .scored_images import Array, check_images, label_regions, where_it_is_fastest
 
 BINS = 2**16
 # A region's share is counted in whole numbers of this, so that sums do not depend on their order.
@@ -29,7 +29,7 @@ class StreamingAnomalyMetrics:
 
     def __init__(self, fpr_limits: Sequence[float] = (0.3, 0.05)) -> None:
         self.fpr_limits = tuple(fpr_limits)
-        self.pictures = 0
+        self.images = 0
         self.regions = 0
         self.defective = np.zeros(BINS, dtype=np.int64)  # pixels of each bin, the lowest scores first
         self.good = np.zeros(BINS, dtype=np.int64)
@@ -55,15 +55,15 @@ class StreamingAnomalyMetrics:
             labels: as the scores, 1 where the picture is anomalous; None takes pictures with a mask that is not empty.
 
         Raises:
-            ValueError: as [`check_pictures`], pictures numbered over all updates.
+            ValueError: as [`check_images`], pictures numbered over all updates.
         """
         if isinstance(anomaly_maps, Array) and anomaly_maps.ndim == 2:
             anomaly_maps, masks = anomaly_maps[None], None if masks is None else [masks]  # type: ignore[list-item]
-        pictures = check_pictures(anomaly_maps, masks, image_scores, labels, first=self.pictures)
-        self.pictures += len(pictures.maps)
-        self.scores += pictures.scores.tolist()
-        self.labels += pictures.labels.tolist()
-        for anomaly_map, mask in zip(pictures.maps, pictures.masks):
+        images = check_images(anomaly_maps, masks, image_scores, labels, first=self.images)
+        self.images += len(images.maps)
+        self.scores += images.scores.tolist()
+        self.labels += images.labels.tolist()
+        for anomaly_map, mask in zip(images.maps, images.masks):
             if mask is not None:
                 self._count(score_bins(where_it_is_fastest(anomaly_map)), mask)
 
@@ -89,7 +89,7 @@ class StreamingAnomalyMetrics:
 
     def merge(self, other: "StreamingAnomalyMetrics") -> None:
         """Count what another one has counted, exactly as if its pictures had come here."""
-        self.pictures += other.pictures
+        self.images += other.images
         self.regions += other.regions
         self.defective += other.defective
         self.good += other.good

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from ..files.output_folder import OutputFolder, folded, unique_names
 from ..images.files import shown
-from ..images.sources import PictureSource, output_names
+from ..images.sources import ImageSource, output_names
 
 Row: TypeAlias = dict[str, Any]
 
@@ -76,7 +76,7 @@ class PredictionFolder:
         for name in shares:
             folder.remove(name)
 
-    def is_judged(self, source: PictureSource) -> bool:
+    def is_done(self, source: ImageSource) -> bool:
         """Whether the row of this very content is there, with all its files; its name, place and date do not count."""
         if not self.rows:
             return False
@@ -89,7 +89,7 @@ class PredictionFolder:
             row = self._moved(source, sha256)
         return row is not None and not row["error"] and all(self.folder.owns(row["output"] + e) for e in self.wanted)
 
-    def _moved(self, source: PictureSource, sha256: str) -> Row | None:
+    def _moved(self, source: ImageSource, sha256: str) -> Row | None:
         """The row of a picture that lay elsewhere under the same name, now this source's."""
         before = self._by_content.get((sha256, source.place.name))
         if before is None or before not in self.rows or os.path.lexists(before):
@@ -97,7 +97,7 @@ class PredictionFolder:
         self.add([self.rows.pop(before) | {"path": source.name}])
         return self.rows[source.name]
 
-    def name_outputs(self, sources: Sequence[PictureSource]) -> dict[str, str]:
+    def name_outputs(self, sources: Sequence[ImageSource]) -> dict[str, str]:
         """Name of a picture → the name that its files begin with, which it keeps for ever.
 
         No file of a picture has the name of another's, of a table, or of something that is not ours.

@@ -18,7 +18,7 @@ from ..files.output_folder import OutputError, OutputFolder
 from ..image_processor import DiffusionADImageProcessor
 from ..images.files import MAX_PIXELS, ImageFileError, shown
 from ..images.pixels import MAX_ASPECT_RATIO
-from ..images.sources import PictureSource
+from ..images.sources import ImageSource
 from ..pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput
 from .folder import COLUMNS, Row
 
@@ -30,7 +30,7 @@ class MapFormat(StrEnum):
     npy = "npy"
 
 
-class Drawings(NamedTuple):
+class OutputFiles(NamedTuple):
     """What is written for each picture.
 
     Args:
@@ -66,12 +66,12 @@ def fingerprint(pipe: DiffusionADPipeline) -> str:
     return digest.hexdigest()
 
 
-def judge(
+def predict_images(
     pipe: DiffusionADPipeline,
-    sources: Sequence[PictureSource],
+    sources: Sequence[ImageSource],
     names: Mapping[str, str],
     folder: OutputFolder,
-    drawings: Drawings,
+    drawings: OutputFiles,
     batch_size: int,
 ) -> list[Row]:
     """Judge some pictures in one pass of the networks, and write their files. It depends on nothing else, so processes
@@ -89,18 +89,18 @@ def judge(
         A row each picture, in order; what could not be read, judged or written has an error instead of a decision.
     """
     rows: dict[str, Row] = {}
-    pictures: dict[str, Image.Image] = {}
+    images: dict[str, Image.Image] = {}
     started = time.perf_counter()
     for source in sources:
         row = dict.fromkeys(COLUMNS) | {"path": source.name, "threshold": pipe.config.image_threshold}
         rows[source.name] = row | {"output": names[source.name]}
         try:
-            pictures[source.name], rows[source.name]["sha256"] = _read(source, drawings)
+            images[source.name], rows[source.name]["sha256"] = _read(source, drawings)
         except ImageFileError as error:
             rows[source.name]["error"] = str(error)
 
     places = {source.name: source.place for source in sources}
-    for name, result in _detect(pipe, pictures, batch_size):
+    for name, result in _detect(pipe, images, batch_size):
         try:
             if isinstance(result, ValueError):
                 raise ImageFileError(f"{shown(name)}: {result}")
@@ -108,7 +108,7 @@ def judge(
             threshold = pipe.config.image_threshold
             decision = None if threshold is None else ("defective" if score > threshold else "good")
             title = f"{shown(places[name].name)}: {decision or 'score'} {score:.3f}"
-            _write(pictures.pop(name), result, folder, names[name], drawings, title)
+            _write(images.pop(name), result, folder, names[name], drawings, title)
             rows[name] |= {"score": score, "decision": decision}
         except (ImageFileError, OutputError) as error:
             rows[name]["error"] = str(error)
@@ -119,14 +119,14 @@ def judge(
     return list(rows.values())
 
 
-def _read(source: PictureSource, drawings: Drawings) -> tuple[Image.Image, str]:
+def _read(source: ImageSource, drawings: OutputFiles) -> tuple[Image.Image, str]:
     """A picture, and the hash of what it was decoded from.
 
     Raises:
         ImageFileError: for a picture that cannot be used, or that somebody writes just now.
     """
     before = _state(source.file)
-    picture = source.read(drawings.max_pixels, drawings.max_aspect_ratio)
+    image = source.read(drawings.max_pixels, drawings.max_aspect_ratio)
     try:
         sha256 = source.sha256()
     except OSError as error:
@@ -135,7 +135,7 @@ def _read(source: PictureSource, drawings: Drawings) -> tuple[Image.Image, str]:
         ) from error
     if _state(source.file) != before:
         raise ImageFileError(f"{shown(source.name)}: the file was changed while it was read; judge it again")
-    return picture, sha256
+    return image, sha256
 
 
 def _state(file: Path | None) -> tuple[int, int] | None:
@@ -147,30 +147,30 @@ def _state(file: Path | None) -> tuple[int, int] | None:
 
 
 def _detect(
-    pipe: DiffusionADPipeline, pictures: Mapping[str, Image.Image], batch_size: int
+    pipe: DiffusionADPipeline, images: Mapping[str, Image.Image], batch_size: int
 ) -> Iterator[tuple[str, DiffusionADPipelineOutput | ValueError]]:
     """The output of each picture, at its own size and one at a time, or the error that belongs to it."""
     done: set[str] = set()
     try:
         for name, output in zip(
-            list(pictures), pipe.stream(list(pictures.values()), batch_size=batch_size, output_type="np")
+            list(images), pipe.stream(list(images.values()), batch_size=batch_size, output_type="np")
         ):
             done.add(name)
             yield name, output
     except ValueError:  # the networks gave NaN for one of them: which, a call of its own tells
-        for name in [name for name in pictures if name not in done]:
+        for name in [name for name in images if name not in done]:
             try:
-                yield name, pipe(pictures[name], batch_size=batch_size, output_type="np")
+                yield name, pipe(images[name], batch_size=batch_size, output_type="np")
             except ValueError as error:
                 yield name, error
 
 
 def _write(
-    picture: Image.Image,
+    image: Image.Image,
     result: DiffusionADPipelineOutput,
     folder: OutputFolder,
     name: str,
-    drawings: Drawings,
+    drawings: OutputFiles,
     title: str,
 ) -> None:
     """Write the files of one picture, the drawing last."""
@@ -185,7 +185,7 @@ def _write(
         folder.write(f"{name}_mask.png", Image.fromarray(mask.astype(np.uint8) * 255).save)
     processor = DiffusionADImageProcessor(max_aspect_ratio=drawings.max_aspect_ratio)
     if drawings.panels:
-        drawing = processor.panel(picture, result.reconstructions[0], anomaly_map, mask, title=title)
+        drawing = processor.panel(image, result.reconstructions[0], anomaly_map, mask, title=title)
     else:
-        drawing = processor.visualize_anomaly_map(picture, anomaly_map, mask)
+        drawing = processor.visualize_anomaly_map(image, anomaly_map, mask)
     folder.write(f"{name}.png", drawing.save)

@@ -7,7 +7,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class TooFewJudgedError(ValueError):
+class TooFewPredictedError(ValueError):
     """So many pictures failed that the rest says nothing.
 
     Args:

@@ -31,7 +31,7 @@ MAX_LINE_EXPONENT = 3
 # Standard deviation of a softened edge at most, as a share of the picture's shorter side.
 MAX_SOFTENING = 0.04
 # Grey pictures have equal channels; a few levels more are JPEG's rounding.
-GREY_TOLERANCE = 4 / 255
+GRAY_TOLERANCE = 4 / 255
 
 
 class AnomalySamples(NamedTuple):
@@ -284,8 +284,8 @@ def synthesize_anomalies(
         procedural_probability=procedural_probability,
     )
     if grayscale_anomalies:
-        grey = (anomalous.amax(1) - anomalous.amin(1)).flatten(1).amax(1) <= GREY_TOLERANCE
-        sources[grey] = sources[grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
+        gray = (anomalous.amax(1) - anomalous.amin(1)).flatten(1).amax(1) <= GRAY_TOLERANCE
+        sources[gray] = sources[gray].mean(1, keepdim=True).expand(-1, 3, -1, -1)
     opacity = uniform(0.2, 0.8, own).view(-1, 1, 1, 1).to(images)  # β: of the original
     blended = opacity * anomalous + (1 - opacity) * sources
     result = images.clone()

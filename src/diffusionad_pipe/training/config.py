@@ -101,8 +101,8 @@ class TrainingConfig:
 
     # For the model card and the Hub
     dataset_title: str | None = None  # what the pictures are; default: the name of their folder
-    licence: str | None = None  # of the weights, as the Hub names it: apache-2.0, cc-by-4.0, ...
-    licence_note: str | None = None  # a sentence on it, with the attribution that the pictures ask for
+    license: str | None = None  # of the weights, as the Hub names it: apache-2.0, cc-by-4.0, ...
+    license_note: str | None = None  # a sentence on it, with the attribution that the pictures ask for
     push_to_hub: bool = False  # upload the pipeline at the end; log in with `hf auth login` first
     hub_model_id: str | None = None  # default: the name of output_dir
 
@@ -124,7 +124,7 @@ TEACHERS_SETTINGS = "small_timestep", "large_timestep", "guidance_scale", "times
 BOOKKEEPING = {
     "output_dir", "max_unreadable", "max_pixels", "max_skipped_steps", "cpu_threads", "logging_steps",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_config_changes", "overwrite",
-    "dataloader_num_workers", "streaming", "report_to", "dataset_title", "licence", "licence_note", "push_to_hub",
+    "dataloader_num_workers", "streaming", "report_to", "dataset_title", "license", "license_note", "push_to_hub",
     "hub_model_id",
 }  # fmt: skip
 
@@ -207,15 +207,15 @@ def parse_arguments(arguments: list[str], description: str | None) -> TrainingCo
     return config
 
 
-def changed_settings(config: TrainingConfig, stored: dict[str, typing.Any], pictures_known: bool = False) -> list[str]:
+def changed_settings(config: TrainingConfig, stored: dict[str, typing.Any], images_known: bool = False) -> list[str]:
     """Sentences on the settings of a stored run that differ and change what comes out.
 
     Args:
         config: the settings now.
         stored: those of the run, as YAML gives them.
-        pictures_known: whether the pictures themselves are compared, wherever they are.
+        images_known: whether the pictures themselves are compared, wherever they are.
     """
-    ignored = BOOKKEEPING | SOURCES if pictures_known else BOOKKEEPING
+    ignored = BOOKKEEPING | SOURCES if images_known else BOOKKEEPING
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
     stored = to_plain(TrainingConfig(**{name: stored.get(name, default) for name, default in defaults.items()}))
     now = to_plain(config)

@@ -20,7 +20,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
     on the CPU or on a GPU.
 
     Args:
-        pictures: N normal pictures `[N, 3, H, W]`, uint8.
+        images: N normal pictures `[N, 3, H, W]`, uint8.
         textures: anomaly sources `[T, 3, H, W]`, uint8, of the size of the draws, or None.
         length: number of draws.
         seed: of everything.
@@ -42,7 +42,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __init__(
         self,
-        pictures: torch.Tensor,
+        images: torch.Tensor,
         textures: torch.Tensor | None,
         *,
         length: int,
@@ -61,7 +61,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
         timestep_boundary: int = 300,
         timestep_maximum: int = 1000,
     ):
-        self.pictures = pictures
+        self.images = images
         self.textures = textures
         self.length = length
         self.seed = seed
@@ -91,7 +91,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __getitems__(self, draws: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         """Several draws at once, which is how a `DataLoader` asks for a batch."""
-        images, foregrounds, generators = self.draw_pictures(draws)
+        images, foregrounds, generators = self.sample_images(draws)
         samples = synthesize_anomalies(
             images,
             foregrounds,
@@ -118,7 +118,7 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
             for original, image, mask, label, generator in zip(images, *samples, generators)
         ]
 
-    def draw_pictures(self, draws: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Generator]]:
+    def sample_images(self, draws: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Generator]]:
         """The pictures of some draws before anything is put on them.
 
         Args:
@@ -130,12 +130,12 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
         """
         indices, generators = [], []
         for draw in draws:
-            epoch, position = divmod(draw, len(self.pictures))
-            order = torch.randperm(len(self.pictures), generator=sample_generator(self.seed, epoch), device="cpu")
+            epoch, position = divmod(draw, len(self.images))
+            order = torch.randperm(len(self.images), generator=sample_generator(self.seed, epoch), device="cpu")
             indices.append(int(order[position]))
             generators.append(sample_generator(self.seed, epoch, indices[-1]))
 
-        images = self.pictures[indices].float() / 255
+        images = self.images[indices].float() / 255
         if isinstance(self.foregrounds, torch.Tensor):
             foregrounds = self.foregrounds[indices].float() / 255
         elif self.foregrounds == "random":
@@ -166,12 +166,12 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def validation_samples(
-    pictures: torch.Tensor, textures: torch.Tensor | None, *, repeats: int, seed: int, **options: Any
+    images: torch.Tensor, textures: torch.Tensor | None, *, repeats: int, seed: int, **options: Any
 ) -> list[dict[str, torch.Tensor]]:
     """Held-out pictures as they are: each once as a good one, and several times with a synthetic anomaly.
 
     Args:
-        pictures: N normal pictures `[N, 3, H, W]`, uint8.
+        images: N normal pictures `[N, 3, H, W]`, uint8.
         textures: anomaly sources `[T, 3, H, W]`, uint8, or None.
         repeats: anomalous samples made of each; those whose mask came out empty are left out.
         seed: of the anomalies.
@@ -184,9 +184,9 @@ def validation_samples(
         [
             {name: value.cpu() for name, value in sample.items()}  # a GPU's memory is for training
             for sample in SyntheticAnomalyDataset(
-                pictures,
+                images,
                 textures,
-                length=count * len(pictures),
+                length=count * len(images),
                 seed=seed,
                 anomaly_probability=label,
                 **options,
@@ -197,7 +197,7 @@ def validation_samples(
     )
     if not anomalous:
         raise ValueError(
-            f"none of {repeats * len(pictures)} synthetic anomalies on {len(pictures)} held-out pictures has a mask "
+            f"none of {repeats * len(images)} synthetic anomalies on {len(images)} held-out pictures has a mask "
             "that is not empty: look at the foregrounds with `diffusionad preview-synthesis`, choose another "
             "--foreground or raise --validation_repeats"
         )

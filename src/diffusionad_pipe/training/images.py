@@ -38,7 +38,7 @@ SHIPPED_TEXTURES = Path(__file__).parents[1] / "synthesis" / "textures"
 FOREGROUNDS = "foregrounds"  # where mattes are cached
 
 
-class Pictures(NamedTuple):
+class ImageInputs(NamedTuple):
     """Decoded pictures and what they are called.
 
     Args:
@@ -52,14 +52,14 @@ class Pictures(NamedTuple):
     digests: list[str]
 
 
-def read_pictures(
+def read_images(
     sources: Iterable[tuple[str, Source]],
     resolution: int,
     *,
     what: str = "pictures",
     max_unreadable: float = 0.1,
     max_pixels: int = MAX_PIXELS,
-) -> Pictures:
+) -> ImageInputs:
     """Decode pictures and resize them to squares. Unreadable ones are listed and left out.
 
     Args:
@@ -77,7 +77,7 @@ def read_pictures(
     for name, source in tracked(sources, f"reading {what}", "picture"):
         count += 1
         try:
-            picture, _ = processor.preprocess(_open(source, name, max_pixels), resolution, resolution)
+            image, _ = processor.preprocess(_open(source, name, max_pixels), resolution, resolution)
             digest = digest_of(source)
         except ImageFileError as error:
             logger.warning("left out: %s", error)
@@ -85,7 +85,7 @@ def read_pictures(
             logger.warning("left out: %s: %s", name, error)
         else:
             names.append(name)
-            pixels.append((picture[0] * 255).round().byte())
+            pixels.append((image[0] * 255).round().byte())
             digests.append(digest)
     if not pixels:
         raise ValueError(f"none of the {count} {what} could be read")
@@ -94,7 +94,7 @@ def read_pictures(
             f"{count - len(pixels)} of {count} {what} could not be read, which is more than {max_unreadable:.0%}: "
             "repair or remove them, or allow more with --max_unreadable"
         )
-    return Pictures(names, torch.stack(pixels), digests)
+    return ImageInputs(names, torch.stack(pixels), digests)
 
 
 def digest_of(source: Source) -> str:
@@ -119,7 +119,7 @@ def _open(source: Source, name: str, max_pixels: int) -> Image.Image:
     return open_image(source, max_pixels=max_pixels)
 
 
-def read_good_pictures(
+def read_good_images(
     folder: str | None,
     resolution: int,
     *,
@@ -129,7 +129,7 @@ def read_good_pictures(
     streaming: bool = False,
     max_unreadable: float = 0.1,
     max_pixels: int = MAX_PIXELS,
-) -> Pictures:
+) -> ImageInputs:
     """The good training pictures of a folder, or of the split `train` of a dataset on the Hub or in Parquet files.
 
     Args:
@@ -140,8 +140,8 @@ def read_good_pictures(
             with a class named good or normal, only that class is read.
         image_column: its column of pictures.
         streaming: do not download the dataset first.
-        max_unreadable: as in [`read_pictures`].
-        max_pixels: as in [`read_pictures`].
+        max_unreadable: as in [`read_images`].
+        max_pixels: as in [`read_images`].
 
     Raises:
         ValueError: names what is missing.
@@ -150,7 +150,7 @@ def read_good_pictures(
     if dataset_name is None:
         train = load_anomaly_dataset(folder or "", category=category, max_pixels=max_pixels)["train"]
         cells = train.cast_column("image", datasets.Image(decode=False))["image"]
-        return read_pictures(zip(train["path"], cells), resolution, what="good pictures", **limits)
+        return read_images(zip(train["path"], cells), resolution, what="good pictures", **limits)
 
     rows = load_rows(dataset_name, category, split="train", streaming=streaming)
     features = rows.features or {}
@@ -164,20 +164,20 @@ def read_good_pictures(
     if isinstance(features.get(image_column), datasets.Image):  # else it decodes them itself, by rules of its own
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     sources = ((f"{dataset_name}[{index}]", row[image_column]) for index, row in enumerate(rows))
-    return read_pictures(sources, resolution, what="good pictures", **limits)
+    return read_images(sources, resolution, what="good pictures", **limits)
 
 
 def read_textures(
     folder: str | None, resolution: int, *, max_unreadable: float = 0.1, max_pixels: int = MAX_PIXELS
 ) -> torch.Tensor | None:
     """Textures `[T, 3, H, W]` uint8 of a folder, nested like DTD's or flat; None: the shipped ones, `"none"`: none.
-    The limits are as in [`read_pictures`]."""
+    The limits are as in [`read_images`]."""
     if folder == "none":
         return None
     paths = find_images([folder or SHIPPED_TEXTURES])
     sources = ((shown(path), str(path)) for path in paths)
     limits: dict[str, Any] = {"max_unreadable": max_unreadable, "max_pixels": max_pixels}
-    return read_pictures(sources, resolution, what="textures", **limits).pixels
+    return read_images(sources, resolution, what="textures", **limits).pixels
 
 
 def textures_digest(folder: str | None) -> str | None:
@@ -187,7 +187,7 @@ def textures_digest(folder: str | None) -> str | None:
 
 def foreground_mattes(
     provider: str,
-    pictures: Pictures,
+    images: ImageInputs,
     *,
     folder: str | None = None,
     model: str | None = None,
@@ -198,7 +198,7 @@ def foreground_mattes(
 
     Args:
         provider: `"none"`, `"random"`, `"threshold"`, `"folder"` or `"transformers"`.
-        pictures: the good pictures.
+        images: the good pictures.
         folder: mattes of the provider `folder`, found by the pictures' stems; None looks for the authors' `DISthresh`
             or `thresh` beside the folder `train`.
         model: Hub id or folder of a semantic segmentation model of transformers, for that provider.
@@ -212,22 +212,22 @@ def foreground_mattes(
     Raises:
         ValueError: when mattes are missing, all of them named, or a setting is.
     """
-    resolution = pictures.pixels.shape[-1]
+    resolution = images.pixels.shape[-1]
     if provider == "none":
         return None
     if provider == "random":
         return "random"
     if provider == "threshold":
-        mattes = [threshold_foreground(picture.float() / 255) for picture in pictures.pixels]
+        mattes = [threshold_foreground(image.float() / 255) for image in images.pixels]
         return (torch.stack(mattes) * 255).round().byte()
     if provider == "folder":
-        return _read_mattes(_find_mattes(pictures.names, folder), resolution, max_pixels)
+        return _read_mattes(_find_mattes(images.names, folder), resolution, max_pixels)
     if provider == "transformers":
         if not model:
             raise ValueError("the foreground provider transformers needs --foreground_model, a Hub id or a folder")
         digest = segmentation_model_digest(model)
         mattes = []
-        for name, pixels in zip(tracked(pictures.names, "making mattes", "matte"), pictures.pixels):
+        for name, pixels in zip(tracked(images.names, "making mattes", "matte"), images.pixels):
             key = hashlib.sha256(digest.encode() + repr(pixels.shape).encode() + pixels.numpy().tobytes()).hexdigest()
             file = f"{FOREGROUNDS}/{safe_name(Path(name).stem)}-{key[:16]}.png"
             if cache is not None and cache.owns(file):
@@ -264,19 +264,19 @@ def _find_mattes(names: Sequence[str], folder: str | None) -> list[Path]:
     by_folder: dict[Path, dict[str, list[Path]]] = {}
     found: list[Path | None] = []
     for name in names:
-        picture = Path(name)
+        image = Path(name)
         if folder is not None:
             places = [Path(folder)]
         else:  # <category>/train/good/000.png -> <category>/DISthresh/good/000.png
-            root = next((parent.parent for parent in picture.parents if parent.name == "train"), picture.parents[-1])
+            root = next((parent.parent for parent in image.parents if parent.name == "train"), image.parents[-1])
             places = [root / where for where in REFERENCE_FOREGROUNDS]
         for place in places:
             if place not in by_folder:
                 by_folder[place] = {}
                 for matte in find_images([place]) if place.is_dir() else []:
                     by_folder[place].setdefault(shown(matte.stem), []).append(matte)
-        mattes = next((by_folder[place][picture.stem] for place in places if picture.stem in by_folder[place]), [])
-        found.append(_nearest(mattes, picture))
+        mattes = next((by_folder[place][image.stem] for place in places if image.stem in by_folder[place]), [])
+        found.append(_nearest(mattes, image))
     shared = Counter(found)
     missing = [name for name, matte in zip(names, found) if matte is None or shared[matte] > 1]
     if missing:
@@ -290,11 +290,11 @@ def _find_mattes(names: Sequence[str], folder: str | None) -> list[Path]:
     return [matte for matte in found if matte is not None]
 
 
-def _nearest(mattes: Sequence[Path], picture: Path) -> Path | None:
+def _nearest(mattes: Sequence[Path], image: Path) -> Path | None:
     """Of mattes of one name the one whose folders are called most like the picture's; None if several are."""
 
     def shared_folders(matte: Path) -> int:
-        pairs = zip(reversed(matte.parent.parts), reversed(picture.parent.parts))
+        pairs = zip(reversed(matte.parent.parts), reversed(image.parent.parts))
         return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
     likeness = [shared_folders(matte) for matte in mattes]

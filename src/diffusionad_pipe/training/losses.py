@@ -143,8 +143,8 @@ def training_losses(
     model_output = unet(noised, both_timesteps).sample.float()
 
     targets = both_images if originals is None else torch.cat([originals, originals])
-    per_picture = denoising_loss(scheduler, model_output, targets, both_noise, both_timesteps)  # [2B]
-    small, large = per_picture.chunk(2)
+    per_image = denoising_loss(scheduler, model_output, targets, both_noise, both_timesteps)  # [2B]
+    small, large = per_image.chunk(2)
     normal = (labels == 0).float() if originals is None else torch.ones_like(labels)
     if normal_count is None:
         normal_count = normal.sum()

@@ -12,7 +12,7 @@ from ..evaluation.calibration import split_held_out
 from ..image_processor import PANEL_INK, DiffusionADImageProcessor
 from ..images.files import MAX_PIXELS
 from .dataset import SyntheticAnomalyDataset
-from .images import foreground_mattes, read_good_pictures, read_textures
+from .images import foreground_mattes, read_good_images, read_textures
 
 ROWS = ("picture", "foreground", "mask", "composite")
 BATCH = 8  # draws that are made at once; they do not depend on it
@@ -23,15 +23,15 @@ class Preview(NamedTuple):
 
     Args:
         sheet: columns: draws 0, 1, ...; rows: picture after augmentation, foreground matte, mask and composite.
-        picture_count: pictures that are trained on; held-out ones are not among them.
+        image_count: pictures that are trained on; held-out ones are not among them.
         draw_count: draws that the two figures below are of.
         empty_share: share of them with an empty mask, in [0, 1].
         coverage: mean of the other masks, a share of the area in [0, 1]; NaN where there is none.
     """
 
     sheet: Image.Image
-    picture_count: int
-    draw_count: int
+    image_count: int
+    sample_count: int
     empty_share: float
     coverage: float
 
@@ -83,14 +83,12 @@ def preview_synthesis(
     side = resize_to or resolution
     if side < resolution:
         raise ValueError(f"--resize-to {side} is smaller than --resolution {resolution}: crops cannot be larger")
-    pictures = read_good_pictures(folder, side, category=category, max_unreadable=max_unreadable, max_pixels=max_pixels)
+    images = read_good_images(folder, side, category=category, max_unreadable=max_unreadable, max_pixels=max_pixels)
     # As in training, where what a draw becomes depends on the number of its picture among those not held out.
-    trained = ~split_held_out(len(pictures.names), validation_fraction)
-    mattes = foreground_mattes(
-        foreground, pictures, folder=foreground_dir, model=foreground_model, max_pixels=max_pixels
-    )
+    trained = ~split_held_out(len(images.names), validation_fraction)
+    mattes = foreground_mattes(foreground, images, folder=foreground_dir, model=foreground_model, max_pixels=max_pixels)
     dataset = SyntheticAnomalyDataset(
-        pictures.pixels[trained],
+        images.pixels[trained],
         read_textures(texture_dir, resolution, max_unreadable=max_unreadable, max_pixels=max_pixels),
         length=max(draws, count),
         seed=seed,
@@ -113,15 +111,15 @@ def preview_synthesis(
         samples = dataset.__getitems__(numbers)
         coverages += [sample["masks"].mean().item() for sample in samples]
         if start < count:
-            plain, foregrounds, _ = dataset.draw_pictures(numbers)
-            for picture, matte, sample in zip(plain, foregrounds, samples):
-                rows = picture, matte, sample["masks"], sample["images"]
+            plain, foregrounds, _ = dataset.sample_images(numbers)
+            for image, matte, sample in zip(plain, foregrounds, samples):
+                rows = image, matte, sample["masks"], sample["images"]
                 columns.append(torch.cat([row.expand(3, -1, -1) for row in rows], dim=1))  # [3, 4 · H, W]
     filled = torch.tensor([coverage for coverage in coverages if coverage > 0], dtype=torch.float32, device="cpu")
     return Preview(
         sheet=_with_captions(torch.cat(columns[:count], dim=2)),
-        picture_count=int(trained.sum()),
-        draw_count=len(coverages),
+        image_count=int(trained.sum()),
+        sample_count=len(coverages),
         empty_share=1 - len(filled) / len(coverages),
         coverage=filled.mean().item(),
     )
@@ -129,12 +127,12 @@ def preview_synthesis(
 
 def _with_captions(grid: torch.Tensor) -> Image.Image:
     """A grid `[3, 4 · H, W]` as a picture, with the name of each row to its left."""
-    picture = DiffusionADImageProcessor().postprocess(grid[None], "pil")[0]
-    side, gap = picture.height // len(ROWS), 6
+    image = DiffusionADImageProcessor().postprocess(grid[None], "pil")[0]
+    side, gap = image.height // len(ROWS), 6
     font = ImageFont.load_default(max(13, side // 20))
     left = round(max(font.getlength(row) for row in ROWS)) + 2 * gap
-    sheet = Image.new("RGB", (left + picture.width, picture.height), (255, 255, 255))
-    sheet.paste(picture, (left, 0))
+    sheet = Image.new("RGB", (left + image.width, image.height), (255, 255, 255))
+    sheet.paste(image, (left, 0))
     draw = ImageDraw.Draw(sheet)
     for index, row in enumerate(ROWS):
         draw.text((left - gap, (index + 0.5) * side), row, PANEL_INK, font, anchor="rm")

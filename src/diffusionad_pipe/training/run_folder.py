@@ -19,8 +19,8 @@ from .. import DiffusionADPipeline
 from ..files.output_folder import PRIVATE, OutputError, OutputFolder, sha256_of
 from .config import TrainingConfig, changed_settings, to_plain
 from .images import FOREGROUNDS
-from .run_images import STORED as PICTURES
-from .run_images import as_text, changed_pictures
+from .run_images import STORED as IMAGES
+from .run_images import as_text, changed_images
 
 logger = logging.getLogger("train")
 
@@ -35,7 +35,7 @@ PIPELINE = [
 ]  # fmt: skip
 SAMPLE = r"step-\d+\.png"
 TRACKER_FOLDERS = "diffusionad", "wandb"
-PRODUCTS = [SETTINGS, PICTURES, LOG, CARD, LOSSES, *PIPELINE, *(f"last/{name}" for name in PIPELINE)]
+PRODUCTS = [SETTINGS, IMAGES, LOG, CARD, LOSSES, *PIPELINE, *(f"last/{name}" for name in PIPELINE)]
 
 
 def require_run_folder(folder: OutputFolder) -> None:
@@ -110,17 +110,17 @@ def empty_run(folder: OutputFolder) -> None:
         logger.warning("what training did not write stays in %s: %s", folder.path, ", ".join(sorted(left)))
 
 
-def store_run(config: TrainingConfig, folder: OutputFolder, pictures: dict[str, Any], first_step: int) -> None:
+def store_run(config: TrainingConfig, folder: OutputFolder, images: dict[str, Any], first_step: int) -> None:
     """Store the settings and what is trained on, and forget what the log says of steps that a resumed run takes again.
 
     Args:
         config: the settings.
         folder: of the run.
-        pictures: of [`run_pictures.describe_pictures`].
+        images: of [`run_images.describe_images`].
         first_step: steps that were taken before.
     """
     folder.write_text(SETTINGS, yaml.safe_dump(to_plain(config), sort_keys=False))
-    folder.write_text(PICTURES, as_text(pictures))
+    folder.write_text(IMAGES, as_text(images))
     log = folder.open_growing(LOG)
     if log.is_file():
         lines = [
@@ -129,27 +129,27 @@ def store_run(config: TrainingConfig, folder: OutputFolder, pictures: dict[str, 
         folder.write_text(LOG, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= first_step))
 
 
-def require_same_pictures(config: TrainingConfig, run: Path, pictures: dict[str, Any]) -> None:
+def require_same_images(config: TrainingConfig, run: Path, images: dict[str, Any]) -> None:
     """Refuse to resume with other pictures, textures, mattes or teacher than a run had.
 
     Args:
         config: the settings.
         run: its folder.
-        pictures: of [`run_pictures.describe_pictures`].
+        images: of [`run_images.describe_images`].
 
     Raises:
         ValueError: says what differs.
     """
     if config.allow_config_changes:
         return
-    if changes := changed_pictures(run, pictures):
+    if changes := changed_images(run, images):
         listed = "\n  ".join(changes)
         raise ValueError(
             f"{run} was trained on something else:\n  {listed}\n"
             "Resume with those, or give --allow_config_changes to go on with these"
         )
-    if not (run / PICTURES).is_file():
-        logger.warning("what %s was trained on is not known, it has no %s: nothing is compared", run, PICTURES)
+    if not (run / IMAGES).is_file():
+        logger.warning("what %s was trained on is not known, it has no %s: nothing is compared", run, IMAGES)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -296,7 +296,7 @@ def _require_same_settings(config: TrainingConfig, run: Path) -> None:
         return
     try:
         settings = yaml.safe_load(stored.read_text(encoding="utf-8"))
-        changes = changed_settings(config, settings, pictures_known=(run / PICTURES).is_file())
+        changes = changed_settings(config, settings, images_known=(run / IMAGES).is_file())
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(
             f"{stored} cannot be read ({error}): give --allow_config_changes to go on without comparing the settings"

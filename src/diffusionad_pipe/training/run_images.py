@@ -15,7 +15,7 @@ from .. import DiffusionADPipeline
 from ..images.files import shown
 from ..runtime.weights_digest import weights_digest
 from .config import TrainingConfig
-from .images import Pictures, mattes_digest, textures_digest
+from .images import ImageInputs, mattes_digest, textures_digest
 
 STORED = "pictures.json"
 OTHERS = {  # what is compared as a whole -> what is said where it differs
@@ -27,9 +27,9 @@ TEACHERS_SCALES = "small_timestep", "large_timestep", "guidance_scale"
 LISTED = 20  # differences that a message names
 
 
-def describe_pictures(
+def describe_images(
     config: TrainingConfig,
-    pictures: Pictures,
+    images: ImageInputs,
     is_held_out: torch.Tensor,
     teacher: DiffusionADPipeline | None = None,
 ) -> dict[str, Any]:
@@ -37,11 +37,11 @@ def describe_pictures(
 
     Args:
         config: the settings of the run.
-        pictures: that were read by them.
+        images: that were read by them.
         is_held_out: bool `[N]`.
         teacher: of a student.
     """
-    rows = zip(pictures.names, pictures.digests, is_held_out.tolist(), strict=True)
+    rows = zip(images.names, images.digests, is_held_out.tolist(), strict=True)
     return {
         "pictures": [
             {"name": _short_name(name, config), "sha256": digest, "held_out": held_out}
@@ -49,7 +49,7 @@ def describe_pictures(
         ],
         "textures": textures_digest(config.texture_dir),
         "foregrounds": mattes_digest(
-            config.foreground, pictures.names, folder=config.foreground_dir, model=config.foreground_model
+            config.foreground, images.names, folder=config.foreground_dir, model=config.foreground_model
         ),
         "teacher": _teacher_digest(teacher) if teacher is not None else None,
     }
@@ -62,14 +62,14 @@ def as_text(described: dict[str, Any]) -> str:
     return f'{{"pictures": [\n{rows}\n]{others}}}\n'
 
 
-def changed_pictures(folder: Path, now: dict[str, Any]) -> list[str]:
+def changed_images(folder: Path, now: dict[str, Any]) -> list[str]:
     """What differs from what a run was trained on; nothing where that is not known.
 
     A picture is known by its content: renamed ones are the same as long as their order is, on which all draws depend.
 
     Args:
         folder: the run's, with its file `STORED`.
-        now: of [`describe_pictures`].
+        now: of [`describe_images`].
 
     Returns:
         Sentences, of which those on single pictures are `LISTED` at most.

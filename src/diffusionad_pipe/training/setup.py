@@ -19,8 +19,8 @@ from ..runtime.acceleration import fastest_dtype
 from ..unet_2d_diffusionad import ATTENTION_SIZES
 from .config import TrainingConfig
 from .dataset import SyntheticAnomalyDataset, validation_samples
-from .images import foreground_mattes, read_good_pictures, read_textures
-from .run_images import describe_pictures
+from .images import foreground_mattes, read_good_images, read_textures
+from .run_images import describe_images
 
 logger = logging.getLogger("train")
 
@@ -105,7 +105,7 @@ def build_datasets(
     folder: OutputFolder,
     teacher: DiffusionADPipeline | None = None,
 ) -> tuple[SyntheticAnomalyDataset, list[dict[str, torch.Tensor]], dict[str, Any]]:
-    """Training draws, validation samples, and what [`describe_pictures`] says of the pictures.
+    """Training draws, validation samples, and what [`describe_images`] says of the pictures.
 
     Args:
         config: the settings.
@@ -115,7 +115,7 @@ def build_datasets(
         teacher: of a student.
     """
     side = config.resize_to or config.resolution
-    pictures = read_good_pictures(
+    images = read_good_images(
         config.train_data_dir,
         side,
         category=config.category,
@@ -125,22 +125,22 @@ def build_datasets(
         max_unreadable=config.max_unreadable,
         max_pixels=config.max_pixels,
     )
-    is_held_out = split_held_out(len(pictures.names), config.validation_fraction)
+    is_held_out = split_held_out(len(images.names), config.validation_fraction)
     mattes = foreground_mattes(
         config.foreground,
-        pictures,
+        images,
         folder=config.foreground_dir,
         model=config.foreground_model,
         cache=folder,
         max_pixels=config.max_pixels,
     )
 
-    def sources(chosen: torch.Tensor, draw_side: int) -> dict[str, Any]:
+    def sources(chosen: torch.Tensor, sample_side: int) -> dict[str, Any]:
         """What both kinds of draws are made from: chosen pictures, textures of the draws' size, shares."""
         limits: dict[str, Any] = {"max_unreadable": config.max_unreadable, "max_pixels": config.max_pixels}
-        textures = read_textures(config.texture_dir, draw_side, **limits)
+        textures = read_textures(config.texture_dir, sample_side, **limits)
         return {
-            "pictures": pictures.pixels[chosen].to(device),
+            "pictures": images.pixels[chosen].to(device),
             "textures": None if textures is None else textures.to(device),
             "foregrounds": mattes[chosen].to(device) if isinstance(mattes, torch.Tensor) else mattes,
             "texture_probability": config.texture_probability,
@@ -165,4 +165,4 @@ def build_datasets(
     validation = validation_samples(
         **sources(is_held_out, side), repeats=config.validation_repeats, seed=config.seed + 1
     )
-    return training, validation, describe_pictures(config, pictures, is_held_out, teacher)
+    return training, validation, describe_images(config, images, is_held_out, teacher)
