@@ -1,6 +1,6 @@
 """How much a picture's score and map change with the batch size.
 
-python benchmarks/batch_size.py --model pretrained/hazelnut --pictures training/data/hazelnut_toy/hazelnut/test
+python benchmarks/batch_size.py --model pretrained/hazelnut --images training/data/hazelnut_toy/hazelnut/test
 """
 
 import argparse
@@ -14,7 +14,7 @@ from diffusionad_pipe import DiffusionADPipeline, find_images, open_image
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pretrained/hazelnut")
-    parser.add_argument("--pictures", default="training/data/hazelnut_toy/hazelnut/test")
+    parser.add_argument("--images", default="training/data/hazelnut_toy/hazelnut/test")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 23], help="compared with a batch size of 1")
     arguments = parser.parse_args()
 

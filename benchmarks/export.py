@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--model", default="pretrained/hazelnut")
     parser.add_argument("--data", default="training/data/hazelnut_toy/hazelnut", help="a dataset with one category")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--pictures", type=int, help="use only so many test pictures, spread over all")
+    parser.add_argument("--images", type=int, help="use only so many test pictures, spread over all")
     parser.add_argument("--calibration", type=int, default=100, help="good training pictures for int8, at most")
     parser.add_argument("--compile", action="store_true", help="also the compiled pipeline")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")

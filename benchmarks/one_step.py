@@ -1,6 +1,6 @@
 """One-step, norm-guided reconstruction against iterative denoising with the same network.
 
-    python benchmarks/one_step.py --model pretrained/hazelnut --pictures training/data/hazelnut_toy/hazelnut/test/good
+    python benchmarks/one_step.py --model pretrained/hazelnut --images training/data/hazelnut_toy/hazelnut/test/good
 
 Both start from the same pictures noised to the large scale t_b. The one step calls the UNet once for both scales; the
 classical way walks down from t_b with diffusers' DDPMScheduler (every timestep) or DDIMScheduler (every 20th). Times
@@ -53,7 +53,7 @@ def iterative(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pretrained/hazelnut")
-    parser.add_argument("--pictures", default="training/data/hazelnut_toy/hazelnut/test/good")
+    parser.add_argument("--images", default="training/data/hazelnut_toy/hazelnut/test/good")
     parser.add_argument("--count", type=int, default=2, help="pictures, in one batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--data", default="training/data/hazelnut_toy/hazelnut", help="a dataset with one category")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--pictures", type=int, help="use only so many test pictures, spread over all")
+    parser.add_argument("--images", type=int, help="use only so many test pictures, spread over all")
     parser.add_argument("--compile", action="store_true", help="also compiled: takes minutes before")
     parser.add_argument("--int8", action="store_true", help="also exported to OpenVINO and quantized")
     parser.add_argument("--peak_side", type=int, help="of the matrices that the peak is measured with")

@@ -95,7 +95,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         recipe = recipe.replace("training/data/hazelnut_toy/hazelnut", "DATASET")
         program, *arguments = shlex.split(recipe)
     if program == "python":
-        monkeypatch.setattr(sys, "argv", [*arguments, "--model", "runs/mine", "--pictures", "new_pictures"])
+        monkeypatch.setattr(sys, "argv", [*arguments, "--model", "runs/mine", "--images", "new_pictures"])
         runpy.run_path(arguments[0], run_name="__main__")
     elif arguments[0] == "train":
         config_file = "student.yaml" if "--distill" in arguments else "tiny.yaml"
