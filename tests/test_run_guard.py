@@ -28,7 +28,7 @@ FAILS_AND_HANGS = "request.addfinalizer(lambda: time.sleep(600)); assert False"
     ],
 )
 def test_a_bad_test_ends_the_run(tmp_path: Path, bad: str, workers: int) -> None:
-    (tmp_path / "conftest.py").write_text('pytest_plugins = ["run_guard"]\n')
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["tests.helpers.run_guard"]\n')
     (tmp_path / "test_bad.py").write_text(
         "import ctypes, os, signal, subprocess, time\n"
         "def test_good(): pass\n"

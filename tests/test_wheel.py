@@ -41,20 +41,20 @@ def test_a_wheel_can_train_and_make_a_space(unpacked: Path, tmp_path: Path) -> N
     """Far from any checkout, with nothing of ours but the wheel."""
     package = unpacked / "diffusionad_pipe"
     names = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
-    assert {"model_card.md", "training/configs/small.yaml", "spaces_demo/app.py"} <= names
-    scripts = {f"training/{path.name}" for path in (ROOT / "training").glob("*.py")}
-    assert scripts - {"training/evaluate.py"} <= names  # what it does, `diffusionad evaluate` does
+    assert {"model_card.md", "training/presets/small.yaml", "spaces_demo/app.py"} <= names
+    assert "training/train.py" in names  # what evaluate.py beside it does, `diffusionad evaluate` does
     assert not any(name.startswith(("training/data", "tests")) or "__pycache__" in name for name in names)
     code = f"""
-from diffusionad_pipe import cli, shipped_files
-assert shipped_files.PACKAGE.samefile({str(package)!r})
+from diffusionad_pipe import cli
+from diffusionad_pipe.files import shipped
+assert shipped.PACKAGE.samefile({str(package)!r})
 cli.app(["space", {str(ROOT / "pretrained" / "hazelnut")!r}, "--output", "space"], standalone_mode=False)
 cli.app(["train", "--help"])
 """
     environment = os.environ | {"PYTHONPATH": str(unpacked)}
     output = run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
     assert "--validation_fraction" in output and "python space/app.py" in output
-    assert (tmp_path / "space" / "diffusionad_pipe" / "cli.py").is_file()
+    assert (tmp_path / "space" / "diffusionad_pipe" / "cli" / "__init__.py").is_file()
     assert not (tmp_path / "space" / "diffusionad_pipe" / "spaces_demo").exists()
     assert "packaging" in (tmp_path / "space" / "requirements.txt").read_text()
 

@@ -141,7 +141,7 @@ def test_read_mask_in_colour() -> None:
 @pytest.mark.parametrize("make", [layouts.mvtec_ad, layouts.visa, layouts.kolektor_sdd2, layouts.plain])
 def test_parquet_gives_the_same_back(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("diffusionad_pipe.data.IMAGES_PER_FILE", 3)
+    monkeypatch.setattr("diffusionad_pipe.data.loading.IMAGES_PER_FILE", 3)
     root = tmp_path / "data"
     make(root)
     splits = load_anomaly_dataset(root, category="all")

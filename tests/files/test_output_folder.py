@@ -149,7 +149,7 @@ def test_a_damaged_record_harms_nothing(tmp_path: Path) -> None:
 
 
 def test_a_long_record_is_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusionad_pipe.output_folder.SUPERSEDED", 10)
+    monkeypatch.setattr("diffusionad_pipe.files.output_folder.SUPERSEDED", 10)
     with OutputFolder(tmp_path) as folder:
         folder.append("log", "x\n")
         for index in range(20):

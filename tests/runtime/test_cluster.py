@@ -89,7 +89,7 @@ def test_predict_among_them(model, tmp_path, variables, code, said):
 
 JOIN = """
 from datetime import timedelta
-from diffusionad_pipe import acceleration
+from diffusionad_pipe.runtime import acceleration
 
 acceleration.JOINING = timedelta(seconds=1)
 acceleration.join_processes()

@@ -9,7 +9,7 @@ import termios
 
 import pytest
 
-from diffusionad_pipe import progress
+from diffusionad_pipe.runtime import progress
 from diffusionad_pipe.runtime.progress import ProgressBar, tracked
 
 
