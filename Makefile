@@ -30,10 +30,11 @@ test-slow: $(VENV)/installed  ## the others
 
 test-all: test test-slow
 
-quality: $(VENV)/installed  ## lint and types
+quality: $(VENV)/installed  ## lint, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 space: $(VENV)/installed  ## the Gradio demo on this machine
 	$(BIN)/python spaces_demo/app.py
