@@ -41,7 +41,8 @@ SAID_BY = {
     "training/preview": "preview-synthesis",
     "cli/images _find_sources": "predict",
     "cli/images _predict_share": "predict",
-    "cli/images _load": "predict calibrate",
+    "cli/options load_pipeline": "predict calibrate",
+    "cli/options chosen_tiling": "predict",
     "cli/training TRAIN_DESCRIPTION": "train",
 }
 SCRIPTS = {"train": "train", "evaluate": "evaluate"}

@@ -10,8 +10,10 @@ from typer.core import TyperGroup
 
 from ..freed_memory import keep_freed_memory
 from ..runtime.progress import silence_libraries
+from .calibrate import calibrate
 from .console import keep_writable
-from .images import calibrate, evaluate, predict
+from .evaluate import evaluate
+from .images import predict
 from .models import convert, export, info, push, space
 from .training import check_data, preview_synthesis, train
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
@@ -17,9 +17,6 @@ from .printable import printable
 # What a user can mend: bad files and settings, a full disk, the Hub, too large a batch. A RuntimeError is a fault of
 # ours, and shows where it comes from.
 USER_ERRORS = (ValueError, OSError, MemoryError)
-
-# The option of every command that reads pictures.
-MaxPixels = Annotated[int, typer.Option(min=1, help="Refuse larger pictures before decoding.")]
 
 
 class Console:

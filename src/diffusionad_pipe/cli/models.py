@@ -17,7 +17,8 @@ from ..hub.summary import summarize
 from ..images.files import MAX_PIXELS, ImageFileError, find_images, open_image
 from ..images.sources import find_files
 from ..pipeline_diffusionad import DiffusionADPipeline
-from .console import USER_ERRORS, MaxPixels, fail, needed_packages, output_console
+from .console import USER_ERRORS, fail, needed_packages, output_console
+from .options import MaxPixels
 
 Model = Annotated[str, typer.Argument(help="Folder of a saved pipeline, or its id on the Hugging Face Hub.")]
 

@@ -11,7 +11,8 @@ import typer
 from ..files.output_folder import OutputFolder
 from ..files.shipped import find_shipped
 from ..images.files import IMAGE_SUFFIXES, MAX_PIXELS
-from .console import USER_ERRORS, MaxPixels, fail, needed_packages, output_console
+from .console import USER_ERRORS, fail, needed_packages, output_console
+from .options import MaxPixels
 
 MANY_EMPTY_MASKS = 0.1  # share of draws from which on the preview warns
 
