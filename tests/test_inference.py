@@ -28,7 +28,7 @@ def stream(pipe: DiffusionADPipeline, images: Iterable, overlapped: bool, **argu
     """`pipe.stream` as it is on a CPU, or as on a GPU, where the stages overlap too."""
     if not overlapped:
         return pipe.stream(images, **arguments)
-    return pipe._stream(images, arguments["batch_size"], arguments.pop("output_type", "pil"), arguments, True)
+    return pipe._stream(images, pipe._resolve(**arguments), None, False, True)
 
 
 OVERLAPPED = pytest.mark.parametrize("overlapped", [False, True])
@@ -272,3 +272,63 @@ def test_out_of_memory_names_the_cure(tiny_pipeline: DiffusionADPipeline) -> Non
         torch.empty(2**52)
     with pytest.raises(RuntimeError, match="shape"), explained_out_of_memory("", ""):
         torch.zeros(2).reshape(3)
+
+
+@OVERLAPPED
+@pytest.mark.parametrize("tiled", [False, True])
+def test_errors_in_the_place_of_outputs(overlapped: bool, tiled: bool, tiny_pipeline: DiffusionADPipeline) -> None:
+    """What cannot be read or used has its error there; the others are what they are without it."""
+    if tiled:
+        tiny_pipeline.enable_tiling(16)
+    good = make_images(3)
+    unreadable = ValueError("b.png: the file is empty")
+    items: list[Any] = [good[0], unreadable, np.full((32, 32, 3), 7.0), good[1], "c.png", good[2], unreadable]
+    call = tiny_pipeline._resolve(batch_size=4, output_type="np")
+    outputs = list(tiny_pipeline._stream(iter(items), call, None, True, overlapped))
+    assert outputs[1] is unreadable and outputs[6] is unreadable
+    assert "divide 0..255" in str(outputs[2]) and isinstance(outputs[4], TypeError)
+    for index, batch in ((0, [good[0], good[1]]), (3, [good[0], good[1]]), (5, [good[2]])):
+        expected = tiny_pipeline(batch, output_type="np")
+        place = 1 if index == 3 else 0
+        assert outputs[index].anomaly_scores[0] == pytest.approx(expected.anomaly_scores[place], abs=1e-6)
+    with pytest.raises(ValueError, match="the file is empty"):
+        raise next(tiny_pipeline.stream([unreadable], return_exceptions=True))
+
+
+def test_a_picture_for_which_the_networks_give_nan_has_its_error_there(tiny_pipeline: DiffusionADPipeline) -> None:
+    good = make_images(2)
+    expected = tiny_pipeline(good, output_type="np").anomaly_scores
+
+    def overflow(module: torch.nn.Module, inputs: tuple[torch.Tensor], logits: Any) -> Any:
+        white = inputs[0][:, :3].flatten(1).amin(1) == 1
+        logits.logits[white] = torch.inf
+        return logits
+
+    tiny_pipeline.segmentation.register_forward_hook(overflow)
+    white = Image.new("RGB", (32, 32), (255, 255, 255))
+    first, second, third = tiny_pipeline.stream([good[0], white, good[1]], output_type="np", return_exceptions=True)
+    assert isinstance(second, ValueError) and "gave NaN" in str(second)
+    scores = [first.anomaly_scores[0], third.anomaly_scores[0]]
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="gave NaN for picture 1"):
+        tiny_pipeline([good[0], white, good[1]], batch_size=1)
+
+
+def test_results_at_the_networks_size(tiny_pipeline: DiffusionADPipeline) -> None:
+    tiny_pipeline.register_to_config(pixel_threshold=0.5)
+    images = make_images(3, 48)
+    output = tiny_pipeline(images, match_input_resolution=False, output_type="pt")
+    assert output.anomaly_maps.shape == output.predicted_masks.shape == (3, 1, 32, 32)
+    assert output.reconstructions.shape == (3, 3, 32, 32)
+    expected = tiny_pipeline(images, output_type="pt")
+    assert torch.equal(output.anomaly_scores, expected.anomaly_scores)
+    resized = tiny_pipeline.image_processor.resize_to(output.anomaly_maps, [image.size[::-1] for image in images])
+    for one, other in zip(resized, expected.anomaly_maps, strict=True):
+        assert torch.equal(one.clamp(0, 1), other)
+    streamed = list(tiny_pipeline.stream(images, match_input_resolution=False, output_type="pt", batch_size=3))
+    assert torch.equal(torch.cat([one.anomaly_maps for one in streamed]), output.anomaly_maps)
+    tiny_pipeline.enable_tiling(32)
+    tiled = tiny_pipeline(images[0], height=64, width=64, match_input_resolution=False, output_type="np")
+    assert tiled.anomaly_maps.shape == (1, 64, 64, 1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'heigth'"):
+        tiny_pipeline.stream(images, heigth=64)

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from .image_processor import DiffusionADImageProcessor
     from .images.files import ImageFileError, find_images, open_image
     from .loading import WeightsFileError
-    from .pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput
+    from .pipeline_diffusionad import DiffusionADPipeline
+    from .pipeline_output import DiffusionADPipelineOutput
     from .scheduling_norm_guided_one_step import NormGuidedOneStepScheduler, NormGuidedOneStepSchedulerOutput
     from .unet_2d_diffusionad import DiffusionADUNet2DModel, DiffusionADUNet2DOutput, paper_unet_config
     from .unet_2d_segmentation import SegmentationUNet2DModel, SegmentationUNet2DOutput
@@ -37,7 +38,8 @@ __all__ = [
 _MODULES = {
     "images.files": ("ImageFileError", "find_images", "open_image"),
     "image_processor": ("DiffusionADImageProcessor",),
-    "pipeline_diffusionad": ("DiffusionADPipeline", "DiffusionADPipelineOutput"),
+    "pipeline_diffusionad": ("DiffusionADPipeline",),
+    "pipeline_output": ("DiffusionADPipelineOutput",),
     "scheduling_norm_guided_one_step": ("NormGuidedOneStepScheduler", "NormGuidedOneStepSchedulerOutput"),
     "unet_2d_diffusionad": ("DiffusionADUNet2DModel", "DiffusionADUNet2DOutput", "paper_unet_config"),
     "unet_2d_segmentation": ("SegmentationUNet2DModel", "SegmentationUNet2DOutput"),

@@ -1,10 +1,11 @@
-"""Checks of a pipeline folder before anything in it is loaded: what is there, is it whole, and does it fit.
+"""Loading a pipeline from the Hub or a folder, once it is sure that all of it is there, whole and fitting.
 
 diffusers would fall back to pickles, fill missing keys with random numbers and allocate whatever a config asks
 for. Here every one of these is one clear error, found from the files' headers alone.
 """
 
 import importlib
+import inspect
 import json
 import os
 from collections.abc import Collection
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin
+from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from .files.hub_caches import explained_caches
+from .runtime.acceleration import fastest_dtype
 from .runtime.config_values import is_whole
 
 # A model_index.json names Python modules that the loader imports. Ours, and the two libraries we accept parts from.
@@ -26,6 +28,86 @@ COMPONENTS = ("unet", "segmentation", "scheduler")
 
 class WeightsFileError(ValueError):
     """A file of a saved pipeline is missing, damaged, untrusted or does not fit; the message names it and the cure."""
+
+
+class LoadedFromFolderMixin(DiffusionPipeline):
+    """How [`DiffusionADPipeline`] is loaded: from a folder or the Hub, checked, and safetensors only."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any):
+        """Load a pipeline from a folder or from the Hugging Face Hub; safetensors only.
+
+        Args:
+            pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or a Hub id such as `"user/model"`.
+            kwargs: those of diffusers (`dtype`, `variant`, `revision`, `token`, `cache_dir`, `local_files_only`, ...),
+                components, or values for the pipeline's config such as `image_threshold=0.4`. `dtype` is that of the
+                networks, but for the segmentation network's first convolution; the rest is computed in float32. None
+                loads float32, with which thresholds are calibrated and results documented; `"auto"` loads bfloat16
+                where the GPU, or the CPU if there is none, has instructions for it, and float32 elsewhere. Where there
+                is no GPU, weights in bfloat16 are laid out channels last, which is faster (benchmarks/README.md).
+
+        Raises:
+            WeightsFileError: the folder or a file is missing, damaged, a pickle, or does not fit; the message names it.
+        """
+        if kwargs.pop("use_safetensors", True) is False:
+            raise WeightsFileError("only safetensors are loaded: a pickle could run code. Leave use_safetensors out")
+        dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
+        if isinstance(dtype, str) and dtype == "auto":
+            dtype = fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
+        kwargs["dtype"] = torch.float32 if dtype is None else dtype
+        folder = origin = os.fspath(pretrained_model_name_or_path)
+        if os.path.isdir(folder):
+            origin = Path(folder).resolve().name
+        else:
+            hub_arguments = ("cache_dir", "force_download", "local_files_only", "revision", "token", "variant")
+            folder = cls.download(folder, **{k: kwargs[k] for k in hub_arguments if k in kwargs})
+        passed = [name for name in COMPONENTS if name in kwargs]
+        index = check_pipeline_folder(folder, kwargs.get("variant"), passed)
+        names = inspect.signature(cls).parameters.keys() - set(COMPONENTS)
+        settings = {name: value for name, value in {**index, **kwargs}.items() if name in names}
+        without_parts: dict[str, Any] = {**settings, **dict.fromkeys(COMPONENTS)}
+        try:
+            cls(**without_parts)  # an unusable setting is found before any weights are read
+            # However this process builds its own networks: weights made in inference mode are multiplied otherwise.
+            with torch.device("cpu"), torch.inference_mode(False):
+                pipeline = super().from_pretrained(folder, use_safetensors=True, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise WeightsFileError(f"{Path(folder) / 'model_index.json'} cannot be used: {error}") from error
+        for name in ("unet", "segmentation"):
+            network = pipeline.components[name]
+            if name not in passed and network.dtype == torch.bfloat16 and not torch.cuda.is_available():
+                network.to(memory_format=torch.channels_last)
+        # diffusers notes the folder of every part and would save it again: a path of this machine in public files.
+        for part in [pipeline] + [pipeline.components[name] for name in COMPONENTS if name not in passed]:
+            if isinstance(part, ConfigMixin) and "_name_or_path" in part.config:
+                part.register_to_config(_name_or_path=origin)
+        return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any):
+        """Another pipeline around the same networks, which stay as they are and take no memory again.
+
+        Args:
+            pipeline: whose components and config values are taken.
+            kwargs: others in place of some: components, or values such as `noise_seed=1`; and `dtype`, to which both
+                pipelines' networks are then converted.
+        """
+        given = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", None) or given
+        names = inspect.signature(cls).parameters.keys() - set(COMPONENTS)
+        values = {name: value for name, value in pipeline.config.items() if name in names}
+        new = cls(**{**pipeline.components, **values, **kwargs})
+        new._records_cuda_graphs = pipeline._records_cuda_graphs
+        if "_name_or_path" in pipeline.config:
+            new.register_to_config(_name_or_path=pipeline.config._name_or_path)
+        return new if dtype is None else new.to(dtype=dtype)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Download a pipeline from the Hub and return its folder; arguments and errors are those of
+        [`loading.download_pipeline`].
+        """
+        return download_pipeline(pretrained_model_name, **kwargs)
 
 
 def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -1,65 +1,48 @@
 """DiffusionAD as a diffusers pipeline: a picture in, an anomaly map and a score out, one denoising step between."""
 
-import inspect
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from itertools import islice
 from math import lcm
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, DiffusionPipeline
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from .image_processor import DiffusionADImageProcessor, ImageInput
-from .loading import COMPONENTS, WeightsFileError, check_pipeline_folder, download_pipeline
-from .runtime.acceleration import compile_networks, explained_out_of_memory, fastest_dtype
+from .loading import LoadedFromFolderMixin
+from .pipeline_output import DiffusionADPipelineOutput, join_outputs
+from .runtime.acceleration import compile_networks, explained_out_of_memory
 from .runtime.config_values import is_finite, is_whole
 from .runtime.prefetch import prefetched
 from .scheduling_norm_guided_one_step import NormGuidedOneStepScheduler
-from .single_file import build_networks, build_scheduler, read_checkpoint, write_checkpoint
-from .tiling import Tiling, call_in_tiles
+from .scoring import score_pixels
+from .single_file import SingleFileMixin
+from .stages import (
+    CallArguments,
+    DetectedImages,
+    PreparedImages,
+    StepCallback,
+    check_noise,
+    join_prepared,
+    resolve_arguments,
+)
+from .tiling import LargeImage, Tiling, detect_in_tiles, prepare_large
 from .unet_2d_diffusionad import DiffusionADUNet2DModel
 from .unet_2d_segmentation import SegmentationUNet2DModel
 
 logger = logging.get_logger(__name__)
 
-# (pipeline, number of the noise, timesteps [2B], tensors of the step)
-StepCallback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], object]
 
 # No picture side above this: a damaged model_index.json must not ask for terabytes.
 MAX_SIDE = 8192
-DEFAULT_BATCH_SIZE = 8
+TILES_CURE = "a smaller batch_size, fewer noise samples, a smaller tile_size in enable_tiling, or height and width"
 
 
-@dataclass
-class DiffusionADPipelineOutput(BaseOutput):
-    """Output of [`DiffusionADPipeline`]. Maps, pictures and masks have the size of each input picture.
-
-    Args:
-        anomaly_maps: probability of an anomaly at each pixel, in [0, 1]. `"pt"`: `[B, 1, H, W]`, `"np"`:
-            `[B, H, W, 1]`, `"pil"`: pictures of mode L (1 is 255). Inputs of different sizes give a list.
-        anomaly_scores: `[B]`, in [0, 1]: the mean of the largest pixels at the model's size. An array, or a tensor
-            for `"pt"`.
-        reconstructions: the anomaly-free pictures, in [0, 1]. `"pt"`: `[B, 3, H, W]`, `"np"`: `[B, H, W, 3]`.
-        predicted_masks: where the map is above `pixel_threshold`, booleans in the layout of the maps (`"pil"`: mode
-            L, 0 or 255). None without that threshold.
-        is_anomalous: `[B]`, where the score is above `image_threshold`. None without that threshold.
-    """
-
-    anomaly_maps: Any
-    anomaly_scores: Any
-    reconstructions: Any
-    predicted_masks: Any
-    is_anomalous: Any
-
-
-class DiffusionADPipeline(DiffusionPipeline):
+class DiffusionADPipeline(LoadedFromFolderMixin, SingleFileMixin):
     """Finds defects in pictures by comparing each with its anomaly-free reconstruction (arXiv 2303.08730).
 
     Args:
@@ -142,6 +125,7 @@ class DiffusionADPipeline(DiffusionPipeline):
         noise: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int | None = None,
+        match_input_resolution: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -164,6 +148,8 @@ class DiffusionADPipeline(DiffusionPipeline):
                 the size and the pipeline's `noise_seed`, the same for every picture, so that a picture's score does
                 not depend on its batch, its order or the run.
             batch_size: pictures, or tiles, in one pass of the networks; None is 8.
+            match_input_resolution: give maps, masks and reconstructions the size of each picture. False leaves them at
+                the size at which the networks worked, or with tiling at that which was cut.
             output_type: `"pil"`, `"np"` or `"pt"`.
             return_dict: False returns a tuple in the order of the output's fields.
             callback_on_step_end: called as `callback(pipe, index, timesteps, tensors)` after the denoising step of
@@ -178,72 +164,117 @@ class DiffusionADPipeline(DiffusionPipeline):
             MemoryError: names the settings that asked for too much.
         """
         # 0. Arguments that are None come from the pipeline's or the scheduler's config.
-        config = self.scheduler.config
-        if config.distilled:
-            self._refuse_changes(
-                small_timestep=small_timestep, large_timestep=large_timestep, guidance_scale=guidance_scale
-            )
-        small_timestep = config.small_timestep if small_timestep is None else small_timestep
-        large_timestep = config.large_timestep if large_timestep is None else large_timestep
-        batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-        if self.tiling is not None:  # pictures one by one, each tile by tile if it is larger than one
-            tiled = call_in_tiles(
-                self,
-                image,
-                self.tiling,
-                height=height,
-                width=width,
-                small_timestep=small_timestep,
-                large_timestep=large_timestep,
-                guidance_scale=guidance_scale,
-                num_noise_samples=num_noise_samples,
-                noise=noise,
-                generator=generator,
-                batch_size=batch_size,
-                output_type=output_type,
-                callback_on_step_end=callback_on_step_end,
-            )
-            return tiled if return_dict else _as_tuple(tiled)
-        height = self.round_size(self.config.image_size if height is None else height, "height")
-        width = self.round_size(self.config.image_size if width is None else width, "width")
-
-        # 1. Pictures of any kind and size become one tensor.
-        images, sizes = self.image_processor.preprocess(image, height, width)  # [N, 3, H, W] in [0, 1]
-        self.check_inputs(
-            images, small_timestep, large_timestep, num_noise_samples, noise, generator, batch_size, output_type
+        call = self._resolve(
+            height=height,
+            width=width,
+            small_timestep=small_timestep,
+            large_timestep=large_timestep,
+            guidance_scale=guidance_scale,
+            num_noise_samples=num_noise_samples,
+            batch_size=batch_size,
+            output_type=output_type,
+            match_input_resolution=match_input_resolution,
+            callback_on_step_end=callback_on_step_end,
         )
 
-        # 2. Noise [K, 2, N, 3, H, W]. The fixed noise is shared by all pictures. A generator draws picture by picture,
-        #    so that the batch size plays no part.
-        device = self._execution_device
-        used = f"num_noise_samples={num_noise_samples} at {height} x {width} pixels"
-        with explained_out_of_memory(used, "fewer noise samples"):
-            if noise is not None:
-                noises = noise[None]
-            elif generator is None:
-                fixed = self.fixed_noise(num_noise_samples, height, width)  # [K, 2, 1, 3, H, W]
-                noises = fixed.expand(-1, -1, len(images), -1, -1, -1)
-            else:
-                generators = generator if isinstance(generator, list) else [generator] * len(images)
-                noise_shape = (num_noise_samples, 2, 3, height, width)
-                drawn = [randn_tensor(noise_shape, generator=g, device=device, dtype=torch.float32) for g in generators]
-                noises = torch.stack(drawn, dim=2)
+        # 1. Pictures of any kind and size become batches as the networks take them.
+        images = self.image_processor.split(image)
+        check_noise(noise, generator, len(images), call, self.tiling is not None)
+        batches = self._prepare(images, call)
 
-        # 3. Reconstruct the pictures and compare, batch by batch.
-        timesteps = torch.tensor([small_timestep, large_timestep], dtype=torch.int64, device=device)
-        maps, reconstructions = torch.empty_like(images[:, :1]), torch.empty_like(images)
-        starts = range(0, len(images), batch_size)
-        used = f"batch_size={batch_size} at {height} x {width} pixels"
-        for start in starts if len(starts) == 1 else self.progress_bar(starts):
-            items = slice(start, start + batch_size)
-            with torch.inference_mode(), explained_out_of_memory(used, "a smaller batch_size"):
-                batch = images[items].to(device)
-                detected = self.detect(batch, noises[:, :, items], timesteps, guidance_scale, callback_on_step_end)
-                maps[items], reconstructions[items] = detected
+        # 2. Reconstruct and compare, batch by batch. A generator draws picture by picture, so that the batch size plays
+        #    no part.
+        generators = iter(generator if isinstance(generator, list) else [generator] * len(images))
+        outputs, done = [], 0
+        for batch in batches if len(batches) == 1 else self.progress_bar(batches):
+            own_noise = None if noise is None else noise[:, done : done + len(batch.sizes)]
+            detected = self._detect(batch, call, list(islice(generators, len(batch.sizes))), own_noise)
+
+            # 3. Scores, decisions, and everything at the size and in the kind that the caller wants.
+            outputs.append(self.to_output(detected, output_type, call.match_input_resolution, first=done))
+            done += len(batch.sizes)
         self.maybe_free_model_hooks()
+        output = join_outputs(outputs, output_type)
+        return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
-        output = self.to_output(maps, reconstructions, sizes, output_type)
-        return output if return_dict else _as_tuple(output)
+    def stream(
+        self,
+        images: Iterable[ImageInput],
+        *,
+        batch_size: int | None = None,
+        output_type: str = "pil",
+        return_exceptions: bool = False,
+        **arguments: Any,
+    ) -> Iterator[Any]:
+        """Detect anomalies in any number of pictures, while the next are read and the last are being used.
+
+        `for output in pipe.stream(map(open_image, files)): ...` decodes, predicts and saves at once: one thread takes
+        pictures from `images` and resizes them, a second runs the networks (the caller's, where they are compiled:
+        CUDA graphs stay in their thread), and this iterator makes the output; at most two batches wait between two
+        stages. On a CPU only `images` has a thread of its own, at most a batch ahead: the networks use every core, and
+        what runs beside them makes them wait. A picture's output is that of a call with the same batch size.
+
+        Args:
+            images: single pictures of any kind and size; an iterator is read in the background, as results are asked
+                for, and never far ahead.
+            batch_size: pictures in one pass of the networks, or tiles; None is 8.
+            output_type: `"pil"`, `"np"` or `"pt"`.
+            return_exceptions: a picture that cannot be used, or for which the networks give NaN, has its error in the
+                place of its output, and the rest goes on. So has an error that `images` yields in the place of a
+                picture that could not be read: it counts as a picture of its batch. Like `asyncio.gather`.
+            arguments: further ones of `__call__`, but `noise`, and `generator` as one for all.
+
+        Yields:
+            [`DiffusionADPipelineOutput`] of one picture, B = 1, in the order of `images`.
+
+        Raises:
+            ValueError: as `__call__` does, and whatever `images` raises, after the outputs of all batches before.
+        """
+        if arguments.pop("noise", None) is not None or isinstance(arguments.get("generator"), list):
+            raise ValueError("the number of pictures in a stream is not known: give one generator for all, or none")
+        if "return_dict" in arguments:
+            raise ValueError("a stream yields outputs, not tuples: leave return_dict out")
+        generator = arguments.pop("generator", None)
+        call = self._resolve(batch_size=batch_size, output_type=output_type, **arguments)
+        check_noise(None, generator, 1, call, self.tiling is not None)
+        overlapped = self._execution_device.type != "cpu"
+        return self._stream(images, call, generator, return_exceptions, overlapped)
+
+    def _stream(
+        self,
+        images: Iterable[ImageInput],
+        call: CallArguments,
+        generator: torch.Generator | None,
+        return_exceptions: bool,
+        overlapped: bool,
+    ) -> Iterator[Any]:
+        ahead: Callable[[Iterable[Any]], Iterator[Any]] = prefetched if overlapped else iter
+        # CUDA graphs belong to the thread that recorded them; another would record them again.
+        detect_ahead = iter if self._records_cuda_graphs else ahead
+        kept: tuple[type[Exception], ...] = (TypeError, ValueError) if return_exceptions else ()
+        together = 1 if self.tiling is not None else call.batch_size
+
+        def prepare() -> Iterator[tuple[list[Exception | None], PreparedImages | LargeImage | None]]:
+            remaining = iter(images) if overlapped else prefetched(images, together)
+            while items := list(islice(remaining, together)):
+                prepared = self._prepare_each(items, call, kept)
+                del items  # pictures of full size need not wait for the networks
+                yield prepared
+
+        def detect() -> Iterator[tuple[list[Exception | None], DetectedImages | None]]:
+            for errors, batch in ahead(prepare()):
+                yield errors, None if batch is None else self._detect(batch, call, [generator] * len(batch.sizes))
+
+        for errors, detected in detect_ahead(detect()):
+            singles = iter(() if detected is None else detected.split())
+            for error in errors:
+                output: DiffusionADPipelineOutput | Exception
+                try:
+                    output = error or self.to_output(next(singles), call.output_type, call.match_input_resolution)
+                except kept as caught:
+                    output = caught
+                yield output
+        self.maybe_free_model_hooks()
 
     def detect(
         self,
@@ -310,35 +341,33 @@ class DiffusionADPipeline(DiffusionPipeline):
         return known[1]
 
     def to_output(
-        self,
-        maps: torch.Tensor,
-        reconstructions: torch.Tensor,
-        sizes: list[tuple[int, int]],
-        output_type: str,
-        score_area: int | None = None,
+        self, detected: DetectedImages, output_type: str, match_input_resolution: bool = True, first: int = 0
     ) -> DiffusionADPipelineOutput:
-        """Scores, decisions, and everything at the pictures' own sizes and in the caller's kind.
+        """Scores, decisions, and everything at the wanted size and in the caller's kind.
 
         Args:
-            maps: `[N, 1, H, W]` on the CPU.
-            reconstructions: `[N, 3, H, W]` on the CPU.
-            sizes: (height, width) of each picture.
+            detected: maps and reconstructions of B pictures, on the CPU.
             output_type: `"pil"`, `"np"` or `"pt"`.
-            score_area: the pixels that a `score_top_k` below 1 is a share of; None is H · W.
+            match_input_resolution: as `__call__` takes it.
+            first: the number of the first picture, for the error.
+
+        Raises:
+            ValueError: where the networks gave NaN, which is above no threshold: the picture would pass as good.
         """
         # 1. Score at the size of the maps (paper, section IV-A): the mean of the largest pixels.
-        area = maps[0].numel()
-        top_k = self.config.score_top_k
-        pixels = int(top_k) if top_k >= 1 else round(top_k * (score_area or area))
-        scores = maps.flatten(1).topk(min(max(pixels, 1), area)).values.mean(1)  # [N]
-        if not scores.isfinite().all():  # NaN is above no threshold, so the picture would pass as good
-            first = scores.isfinite().int().argmin()
+        maps, reconstructions, sizes, score_area = detected
+        pixels = score_pixels(self.config.score_top_k, maps[0].numel(), score_area)
+        scores = maps.flatten(1).topk(pixels).values.mean(1)  # [B]
+        if not scores.isfinite().all():
+            index = first + int(scores.isfinite().int().argmin())
             raise ValueError(
-                f"the networks gave NaN for picture {first}: their weights, the noise or guidance_scale hold NaN, or "
+                f"the networks gave NaN for picture {index}: their weights, the noise or guidance_scale hold NaN, or "
                 "float16 overflowed; use others, or dtype=torch.bfloat16"
             )
 
-        # 2. Decisions, where thresholds are set; pixels are judged at the pictures' own sizes.
+        # 2. Decisions, where thresholds are set; pixels are judged at the size of the results.
+        if not match_input_resolution:
+            sizes = [(maps.shape[-2], maps.shape[-1])] * len(maps)
         resized = self.image_processor.resize_to(maps, sizes)  # [1, h, w] each
         masks: Any = None
         is_anomalous: Any = None
@@ -356,78 +385,81 @@ class DiffusionADPipeline(DiffusionPipeline):
             is_anomalous,
         )
 
-    def stream(
+    def _prepare(self, images: Sequence[ImageInput], call: CallArguments) -> list[PreparedImages | LargeImage]:
+        """Batches of pictures as the networks take them; with tiling each picture is one of its own."""
+        processor, batches = self.image_processor, list[PreparedImages | LargeImage]()
+        if self.tiling is None:
+            pixels, sizes = processor.preprocess(images, *self._networks_size(call))
+            for start in range(0, len(images), call.batch_size):
+                items = slice(start, start + call.batch_size)
+                batches.append(PreparedImages(pixels[items], sizes[items]))
+            return batches
+        for index, image in enumerate(images):
+            with processor.named(index, len(images)):
+                large = prepare_large(processor, image, self.tiling, call.height, call.width, self.round_size)
+                # A picture no larger than a tile is treated as without tiling.
+                batches.append(large or PreparedImages(*processor.preprocess(image, *self._networks_size(call))))
+        return batches
+
+    def _prepare_each(
+        self, items: Sequence[Any], call: CallArguments, kept: tuple[type[Exception], ...]
+    ) -> tuple[list[Exception | None], PreparedImages | LargeImage | None]:
+        """The error of each picture, where it is one of the `kept` kinds, and one batch of those without."""
+        errors: list[Exception | None] = []
+        batches: list[PreparedImages | LargeImage] = []
+        for item in items:
+            try:
+                if isinstance(item, kept):
+                    raise item
+                batches += self._prepare([item], call)
+                errors.append(None)
+            except kept as error:
+                errors.append(error)
+        return errors, join_prepared(batches) if batches else None
+
+    def _detect(
         self,
-        images: Iterable[ImageInput],
-        *,
-        batch_size: int | None = None,
-        output_type: str = "pil",
-        **arguments: Any,
-    ) -> Iterator[DiffusionADPipelineOutput]:
-        """Detect anomalies in any number of pictures, while the next are read and the last are being used.
+        batch: PreparedImages | LargeImage,
+        call: CallArguments,
+        generators: Sequence[torch.Generator | None],
+        noise: torch.Tensor | None = None,
+    ) -> DetectedImages:
+        """Maps and reconstructions of a batch, on the CPU."""
+        device = self._execution_device
+        timesteps = torch.tensor([call.small_timestep, call.large_timestep], dtype=torch.int64, device=device)
 
-        `for output in pipe.stream(map(open_image, files)): ...` decodes, predicts and saves at once: one thread takes
-        pictures from `images` and resizes them, a second runs the networks (the caller's, where they are compiled:
-        CUDA graphs stay in their thread), and this iterator makes the output; at most two batches wait between two
-        stages. On a CPU only `images` has a thread of its own, at most a batch ahead: the networks use every core, and
-        what runs beside them makes them wait. A picture's output is that of a call with the same batch size.
+        def detect(images: torch.Tensor, noises: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.inference_mode():
+                return self.detect(images.to(device), noises, timesteps, call.guidance_scale, call.callback_on_step_end)
 
-        Args:
-            images: single pictures of any kind and size; an iterator is read in the background, as results are asked
-                for, and never far ahead.
-            batch_size: pictures in one pass of the networks, or tiles; None is 8.
-            output_type: `"pil"`, `"np"` or `"pt"`.
-            arguments: further ones of `__call__`, but `noise`, and `generator` as one for all.
+        if isinstance(batch, LargeImage):
+            assert self.tiling is not None
+            (height, width), settings = batch.sizes[0], f"num_noise_samples={call.num_noise_samples}"
+            used = f"{settings}, batch_size={call.batch_size} and tile_size={self.tiling.tile_size}"
+            with explained_out_of_memory(f"{used} for a picture of {height} x {width} pixels", TILES_CURE):
+                noises = self._noise(call, generators, *batch.tile)
+                maps, reconstructions = detect_in_tiles(
+                    batch, self.tiling.overlap, noises, detect, call.batch_size, self.image_processor, self.progress_bar
+                )
+            return DetectedImages(maps, reconstructions, batch.sizes, batch.tile[0] * batch.tile[1])
+        height, width = batch.pixels.shape[-2:]
+        at_size = f"at {height} x {width} pixels"
+        with explained_out_of_memory(f"num_noise_samples={call.num_noise_samples} {at_size}", "fewer noise samples"):
+            noises = self._noise(call, generators, height, width) if noise is None else noise[None]
+        with explained_out_of_memory(f"batch_size={call.batch_size} {at_size}", "a smaller batch_size"):
+            noises = noises.expand(-1, -1, len(batch.pixels), -1, -1, -1)
+            maps, reconstructions = detect(batch.pixels, noises)
+            return DetectedImages(maps.cpu(), reconstructions.cpu(), batch.sizes)
 
-        Yields:
-            [`DiffusionADPipelineOutput`] of one picture, B = 1, in the order of `images`.
-
-        Raises:
-            ValueError: as `__call__` does, and whatever `images` raises, after the outputs of all batches before.
-        """
-        batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
-        if "noise" in arguments or isinstance(arguments.get("generator"), list):
-            raise ValueError("the number of pictures in a stream is not known: give one generator for all, or none")
-        if "return_dict" in arguments:
-            raise ValueError("a stream yields outputs, not tuples: leave return_dict out")
-        overlapped = self._execution_device.type != "cpu"
-        return self._stream(images, batch_size, output_type, {**arguments, "batch_size": batch_size}, overlapped)
-
-    def _stream(
-        self,
-        images: Iterable[ImageInput],
-        batch_size: int,
-        output_type: str,
-        arguments: dict[str, Any],
-        overlapped: bool,
-    ) -> Iterator[DiffusionADPipelineOutput]:
-        ahead: Callable[[Iterable[Any]], Iterator[Any]] = prefetched if overlapped else iter
-        # CUDA graphs belong to the thread that recorded them; another would record them again.
-        detect_ahead = iter if self._records_cuda_graphs else ahead
-        if self.tiling is not None:
-            yield from detect_ahead(self(image, output_type=output_type, **arguments) for image in prefetched(images))
-            return
-        height, width = arguments.pop("height", None), arguments.pop("width", None)
-        height = self.round_size(self.config.image_size if height is None else height, "height")
-        width = self.round_size(self.config.image_size if width is None else width, "width")
-
-        def preprocess() -> Iterator[tuple[torch.Tensor, list[tuple[int, int]]]]:
-            remaining = iter(images) if overlapped else prefetched(images, batch_size)
-            while batch := list(islice(remaining, batch_size)):
-                prepared = self.image_processor.preprocess(batch, height, width)
-                del batch  # pictures of full size need not wait for the networks
-                yield prepared
-
-        def detect() -> Iterator[tuple[Any, list[tuple[int, int]]]]:
-            for tensors, sizes in ahead(preprocess()):
-                yield self(tensors, height=height, width=width, output_type="pt", **arguments), sizes
-
-        for output, sizes in detect_ahead(detect()):
-            for index, size in enumerate(sizes):
-                item = slice(index, index + 1)
-                yield self.to_output(output.anomaly_maps[item], output.reconstructions[item], [size], output_type)
+    def _noise(
+        self, call: CallArguments, generators: Sequence[torch.Generator | None], height: int, width: int
+    ) -> torch.Tensor:
+        """`[K, 2, B, 3, height, width]`: each picture's from its generator, or with B = 1 the fixed one for all."""
+        if generators[0] is None:
+            return self.fixed_noise(call.num_noise_samples, height, width)
+        shape, device = (call.num_noise_samples, 2, 3, height, width), self._execution_device
+        sampled = [randn_tensor(shape, generator=g, device=device, dtype=torch.float32) for g in generators]
+        return torch.stack(sampled, dim=2)
 
     def enable_tiling(self, tile_size: int | None = None, overlap: float = 0.25) -> None:
         """From now on, take pictures larger than a tile at their own size, tile by tile ([`tiling`] tells how).
@@ -479,55 +511,19 @@ class DiffusionADPipeline(DiffusionPipeline):
         self._records_cuda_graphs = compiled and device.type == "cuda"
         return compiled
 
-    def check_inputs(
-        self,
-        images: torch.Tensor,
-        small_timestep: int,
-        large_timestep: int,
-        num_noise_samples: int,
-        noise: torch.Tensor | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        batch_size: int,
-        output_type: str,
-    ) -> None:
-        """Raise a ValueError for arguments of `__call__` that cannot be used."""
-        for number in (small_timestep, large_timestep, num_noise_samples, batch_size):
-            if not is_whole(number):
-                raise ValueError(f"timesteps, num_noise_samples and batch_size are whole numbers, not {number!r}")
-        last = len(self.scheduler) - 1
-        if not 0 <= small_timestep < large_timestep <= last:
-            raise ValueError(
-                f"small_timestep={small_timestep} and large_timestep={large_timestep} must be in order, "
-                f"0 <= small < large <= {last}"
-            )
-        if num_noise_samples < 1 or batch_size < 1:
-            raise ValueError(f"num_noise_samples={num_noise_samples} and batch_size={batch_size} must be at least 1")
-        if noise is not None and not isinstance(noise, torch.Tensor):
-            raise ValueError(f"noise must be a tensor, not {type(noise).__name__}: use torch.as_tensor(noise)")
-        expected = (2, *images.shape)
-        if noise is not None and (tuple(noise.shape) != expected or num_noise_samples != 1 or generator is not None):
-            raise ValueError(
-                f"noise must be {list(expected)} ([2, B, 3, height, width], small scale first), not "
-                f"{list(noise.shape)}, without a generator and with num_noise_samples=1"
-            )
-        for one in generator if isinstance(generator, list) else [generator]:
-            if not isinstance(one, torch.Generator) and generator is not None:
-                raise ValueError(f"generator={one!r} is none: use torch.Generator().manual_seed(0), or a list of them")
-        if isinstance(generator, list) and len(generator) != len(images):
-            raise ValueError(
-                f"{len(generator)} generators for {len(images)} pictures: give one for each, or one for all"
-            )
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
+    def _resolve(self, **arguments: Any) -> CallArguments:
+        call = resolve_arguments(self.scheduler, **arguments)
+        if self.tiling is None:
+            height, width = self._networks_size(call)
+            call = call._replace(height=height, width=width)
+        return call
 
-    def _refuse_changes(self, **settings: Any) -> None:
-        """Raise a ValueError for settings that are not the scheduler's."""
-        for name, value in settings.items():
-            if value is not None and value != self.scheduler.config[name]:
-                raise ValueError(
-                    f"{name}={value} cannot be had of a distilled model: {self.scheduler.config[name]} is built in. "
-                    "Use the model that it was distilled from"
-                )
+    def _networks_size(self, call: CallArguments) -> tuple[int, int]:
+        side = self.config.image_size
+        return (
+            self.round_size(side if call.height is None else call.height, "height"),
+            self.round_size(side if call.width is None else call.width, "width"),
+        )
 
     def round_size(self, size: int, name: str = "size") -> int:
         """The nearest size that the networks can take.
@@ -546,111 +542,3 @@ class DiffusionADPipeline(DiffusionPipeline):
         if rounded != size:
             logger.warning(f"{name}={size} is not a multiple of {divisor}, which the networks need: using {rounded}")
         return rounded
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any):
-        """Load a pipeline from a folder or from the Hugging Face Hub; safetensors only.
-
-        Args:
-            pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or a Hub id such as `"user/model"`.
-            kwargs: those of diffusers (`dtype`, `variant`, `revision`, `token`, `cache_dir`, `local_files_only`, ...),
-                components, or values for the pipeline's config such as `image_threshold=0.4`. `dtype` is that of the
-                networks, but for the segmentation network's first convolution; the rest is computed in float32. None
-                loads float32, with which thresholds are calibrated and results documented; `"auto"` loads bfloat16
-                where the GPU, or the CPU if there is none, has instructions for it, and float32 elsewhere. Where there
-                is no GPU, weights in bfloat16 are laid out channels last, which is faster (benchmarks/README.md).
-
-        Raises:
-            WeightsFileError: the folder or a file is missing, damaged, a pickle, or does not fit; the message names it.
-        """
-        if kwargs.pop("use_safetensors", True) is False:
-            raise WeightsFileError("only safetensors are loaded: a pickle could run code. Leave use_safetensors out")
-        dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
-        if isinstance(dtype, str) and dtype == "auto":
-            dtype = fastest_dtype("cuda" if torch.cuda.is_available() else "cpu")
-        kwargs["dtype"] = torch.float32 if dtype is None else dtype
-        folder = origin = os.fspath(pretrained_model_name_or_path)
-        if os.path.isdir(folder):
-            origin = Path(folder).resolve().name
-        else:
-            hub_arguments = ("cache_dir", "force_download", "local_files_only", "revision", "token", "variant")
-            folder = cls.download(folder, **{k: kwargs[k] for k in hub_arguments if k in kwargs})
-        passed = [name for name in COMPONENTS if name in kwargs]
-        index = check_pipeline_folder(folder, kwargs.get("variant"), passed)
-        names = inspect.signature(cls).parameters.keys() - set(COMPONENTS)
-        settings = {name: value for name, value in {**index, **kwargs}.items() if name in names}
-        without_parts: dict[str, Any] = {**settings, **dict.fromkeys(COMPONENTS)}
-        try:
-            cls(**without_parts)  # an unusable setting is found before any weights are read
-            # However this process builds its own networks: weights made in inference mode are multiplied otherwise.
-            with torch.device("cpu"), torch.inference_mode(False):
-                pipeline = super().from_pretrained(folder, use_safetensors=True, **kwargs)
-        except (TypeError, ValueError) as error:
-            raise WeightsFileError(f"{Path(folder) / 'model_index.json'} cannot be used: {error}") from error
-        for name in ("unet", "segmentation"):
-            network = pipeline.components[name]
-            if name not in passed and network.dtype == torch.bfloat16 and not torch.cuda.is_available():
-                network.to(memory_format=torch.channels_last)
-        # diffusers notes the folder of every part and would save it again: a path of this machine in public files.
-        for part in [pipeline] + [pipeline.components[name] for name in COMPONENTS if name not in passed]:
-            if isinstance(part, ConfigMixin) and "_name_or_path" in part.config:
-                part.register_to_config(_name_or_path=origin)
-        return pipeline
-
-    @classmethod
-    def from_pipe(cls, pipeline: "DiffusionADPipeline", **kwargs: Any):
-        """Another pipeline around the same networks, which stay as they are and take no memory again.
-
-        Args:
-            pipeline: whose components and config values are taken.
-            kwargs: others in place of some: components, or values such as `noise_seed=1`; and `dtype`, to which both
-                pipelines' networks are then converted.
-        """
-        given = kwargs.pop("torch_dtype", None)
-        dtype = kwargs.pop("dtype", None) or given
-        names = inspect.signature(cls).parameters.keys() - set(COMPONENTS)
-        values = {name: value for name, value in pipeline.config.items() if name in names}
-        new = cls(**{**pipeline.components, **values, **kwargs})
-        new._records_cuda_graphs = pipeline._records_cuda_graphs
-        if "_name_or_path" in pipeline.config:
-            new.register_to_config(_name_or_path=pipeline.config._name_or_path)
-        return new if dtype is None else new.to(dtype=dtype)
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """Download a pipeline from the Hub and return its folder; arguments and errors are those of
-        [`loading.download_pipeline`].
-        """
-        return download_pipeline(pretrained_model_name, **kwargs)
-
-    @classmethod
-    def from_single_file(cls, path: str | os.PathLike[str], **kwargs: Any):
-        """Load a checkpoint of the authors' code. Nothing in it is run: only tensors and plain settings are read.
-
-        Args:
-            path: the `.pt` / `.pth` file.
-            kwargs: values for the pipeline's config, such as `score_top_k`, `image_threshold`.
-
-        Raises:
-            ValueError: names the file, the cause and the cure.
-        """
-        checkpoint = read_checkpoint(path)
-        unet, segmentation = build_networks(checkpoint, path)
-        scheduler = build_scheduler(checkpoint, path)
-        return cls(unet, segmentation, scheduler, **{"image_size": unet.config.sample_size, **kwargs})
-
-    def save_single_file(self, path: str | os.PathLike[str]) -> None:
-        """Write the authors' checkpoint format, which their code and [`from_single_file`] read.
-
-        Args:
-            path: the file to write.
-
-        Raises:
-            ValueError: for networks or a prediction type that their code does not have.
-        """
-        write_checkpoint(path, self.unet, self.segmentation, self.scheduler)
-
-
-def _as_tuple(output: DiffusionADPipelineOutput) -> tuple[Any, ...]:
-    """Every field, also those that are None, which diffusers' own `to_tuple` leaves out."""
-    return tuple(getattr(output, field.name) for field in fields(output))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 
 from .files.output_folder import write_file
 from .scheduling_norm_guided_one_step import NormGuidedOneStepScheduler
@@ -27,6 +28,37 @@ RESNET_LAYERS = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+
+
+class SingleFileMixin(DiffusionPipeline):
+    """How [`DiffusionADPipeline`] reads and writes the authors' checkpoints."""
+
+    @classmethod
+    def from_single_file(cls, path: str | os.PathLike[str], **kwargs: Any):
+        """Load a checkpoint of the authors' code. Nothing in it is run: only tensors and plain settings are read.
+
+        Args:
+            path: the `.pt` / `.pth` file.
+            kwargs: values for the pipeline's config, such as `score_top_k`, `image_threshold`.
+
+        Raises:
+            ValueError: names the file, the cause and the cure.
+        """
+        checkpoint = read_checkpoint(path)
+        unet, segmentation = build_networks(checkpoint, path)
+        scheduler = build_scheduler(checkpoint, path)
+        return cls(unet, segmentation, scheduler, **{"image_size": unet.config.sample_size, **kwargs})
+
+    def save_single_file(self, path: str | os.PathLike[str]) -> None:
+        """Write the authors' checkpoint format, which their code and [`from_single_file`] read.
+
+        Args:
+            path: the file to write.
+
+        Raises:
+            ValueError: for networks or a prediction type that their code does not have.
+        """
+        write_checkpoint(path, self.unet, self.segmentation, self.scheduler)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..files.output_folder import OutputFolder
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..runtime.prefetch import prefetched
 from ..runtime.progress import libraries_bars
+from ..scoring import score_pixels
 from .detector import FORMAT_VERSION, LARGEST_BATCH, METADATA_KEY, OUTPUTS, ExportedDetector
 
 if TYPE_CHECKING:
@@ -84,8 +85,7 @@ class WholeDetector(nn.Module):
             torch.tensor([scheduler.small_timestep, scheduler.large_timestep], dtype=torch.int64, device="cpu"),
         )
         self.register_buffer("noise", pipe.fixed_noise(1, height, width).clone())  # [1, 2, 1, 3, height, width]
-        top_k = pipe.config.score_top_k
-        self.score_pixels = min(max(int(top_k) if top_k >= 1 else round(top_k * height * width), 1), height * width)
+        self.score_pixels = score_pixels(pipe.config.score_top_k, height * width)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Detect anomalies.
