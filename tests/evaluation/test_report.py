@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,7 @@ from diffusionad_pipe.evaluation.report_page import (
     ALARMING_GOOD,
     BORDERLINE,
     CLEAR_DEFECTS,
-    HEIGHT,
     WEAK_DEFECTS,
-    WIDTH,
     CategoryReport,
     GalleryImage,
     choose_gallery,
@@ -69,7 +68,8 @@ def category(name: str, threshold: float | None = 0.5, metrics: dict[str, float]
             )
     return CategoryReport(
         name=name,
-        metrics=metrics or {"image_auroc": 0.8, "image_ap": 0.9, "pixel_auroc": float("nan"), "pixel_ap": 0.25},
+        metrics=metrics
+        or {"image_auroc": 0.8, "image_ap": 0.9, "pixel_auroc": nan, "pixel_ap": 0.25, "au_pro_0.30": nan},
         remarks=["2 of 8 pictures are defective without a usable mask"] if threshold is None else [],
         image_threshold=threshold,
         scores=SCORES,
@@ -129,10 +129,9 @@ def test_pictures_are_embedded_and_described(page) -> None:
     for source in masks:  # one pixel of 512 x 384 is still there
         mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("L"))
         assert mask.shape == (192, 256) and mask[100, 50] == 255 and (mask > 0).sum() == 1
-    charts = page.eval_on_selector_all(
-        "svg[role=img]", "all => all.map(s => s.getAttribute('aria-label') || s.textContent)"
-    )
-    assert len(charts) >= 4 and all(text.strip() for text in charts)
+    drawings = page.eval_on_selector_all("[role=img]", "all => all.map(d => d.getAttribute('aria-label'))")
+    assert len(drawings) >= 5 and all(text.strip() for text in drawings)
+    assert page.locator("svg").count() == page.locator("[role=img] > svg").count() >= 4
 
 
 def test_names_are_text_and_nothing_more(page) -> None:
@@ -164,7 +163,7 @@ def test_nothing_is_wider_than_the_window(page, width: int) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     # Columns of a table may be, which then scrolls in its box.
     boxes = page.eval_on_selector_all(
-        "h1, h2, h4, h5, p, dd, dt, a, caption span, img, svg:not(.strip)",
+        "h1, h2, h4, h5, p, dd, dt, a, caption span, img, svg",
         "all => all.map(e => e.getBoundingClientRect().right)",
     )
     assert max(boxes) <= width
@@ -206,29 +205,37 @@ def test_keyboard(page) -> None:
     assert page.evaluate("document.activeElement.id") == "content"
 
 
+def points(path: str) -> np.ndarray:
+    """The points `[N, 2]` of a path of straight lines."""
+    return np.array(re.findall(r"[ML] (\S+) (\S+)", path), dtype=float)
+
+
 @pytest.mark.parametrize("page", ["one"], indirect=True)
 def test_curves_tables_and_verdicts(page) -> None:
-    lines = page.eval_on_selector_all(
-        "figure path.line:not(figcaption path)", "all => all.map(p => p.getAttribute('d'))"
-    )
-    assert len(lines) == 5 and all(len(line) < 5000 for line in lines)
-    x, y = np.array([point.split() for point in re.split("[ML]", lines[1])[1:]], dtype=float).T
+    lines = page.locator("g[id$=-curve] path").evaluate_all("all => all.map(p => p.getAttribute('d'))")
+    assert len(lines) == 5 and all(len(line) < 10_000 for line in lines)
+    corners, curve = points(lines[0])[[0, -1]], points(lines[1])  # that of the images goes from (0, 0) to (1, 1)
+    x, y = ((curve - corners[0]) / (corners[1] - corners[0])).T
     fpr, tpr = category("").roc["pixel"]
     assert len(fpr) > 200_000
-    drawn = np.interp(np.linspace(0.01, 1, 100), x / WIDTH, 1 - y / HEIGHT)
+    drawn = np.interp(np.linspace(0.01, 1, 100), x, y)
     np.testing.assert_allclose(drawn, np.interp(np.linspace(0.01, 1, 100), fpr, tpr), atol=0.004)
 
     rows = page.eval_on_selector_all("tbody tr", "all => all.map(r => [...r.cells].map(c => c.innerText.trim()))")
     stain = roc_auc_score([0, 0, 0, 1, 1], SCORES[:5])
-    assert [row[:5] for row in rows] == [
-        ["good", "3", "0.3333", "33.3 %", "–"],
-        ["stain", "2", "0.4850", "50.0 %", f"{stain:.4f}"],
-        [HOSTILE, "3", "0.8500", "100.0 %", "1.0000"],
+    assert rows == [
+        ["good", "3", "0.1000", "0.3333", "0.6000", "33.3 %", "–"],
+        ["stain", "2", "0.4200", "0.4850", "0.5500", "50.0 %", f"{stain:.4f}"],
+        [HOSTILE, "3", "0.7000", "0.8500", "0.9500", "100.0 %", "1.0000"],
     ]
     assert page.get_by_text("Above the threshold: 4 of 5 defective and 1 of 3 good pictures.").count() == 1
-    bars = page.locator("rect.bar title").all_text_contents()
+    heights = {}
     for kind, count in (("good", 3), ("defective", 5)):
-        assert sum(int(bar.split()[0]) for bar in bars if f" {kind}:" in bar) == count
+        y = points(page.locator(f"[id=category-1-scores-{kind}] path").get_attribute("d"))[:, 1]
+        bars = y[0] - y
+        assert np.isclose(abs(bars), abs(bars).max()).sum() == 2 * count  # corners of as many bars of one picture each
+        heights[kind] = max(bars, key=abs)
+    assert heights["good"] * 3 == pytest.approx(-heights["defective"] * 5, rel=1e-4)
     verdicts = page.eval_on_selector_all(
         ".sample", "all => all.map(s => s.innerText.split('\\n').slice(0, 5).join(' '))"
     )
@@ -259,6 +266,12 @@ def test_the_mean_leaves_undefined_values_out(page) -> None:
     table.get_by_role("link", name="wood").click()
     assert page.evaluate("document.querySelector(':target h2').innerText") == "wood"
     assert page.locator("details[open]").count() == 0
+
+
+def test_the_same_results_give_the_same_file(tmp_path: Path) -> None:
+    for name in ("one.html", "other.html"):
+        write_report(tmp_path / name, "Report", [category("hazelnut")], CONFIGURATION)
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "other.html").read_bytes()
 
 
 def test_a_name_that_is_not_unicode(tmp_path: Path) -> None:

@@ -5,29 +5,26 @@ The file needs nothing but itself: no script, no other file, no request. `report
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
-from skimage.measure import approximate_polygon
 from sklearn.metrics import roc_auc_score
 
 from ..images.colors import COLOR_SCALE
 from ..images.files import PathLike
 from ..metrics import METRIC_NAMES, f1_max
-from ..runtime.figures import import_matplotlib
+from .charts import curves_svg, histogram_svg
 
 WEAK_DEFECTS = "Missed or weakest defects"
 ALARMING_GOOD = "Good pictures with the highest scores"
 BORDERLINE = "Closest to the threshold"
 CLEAR_DEFECTS = "Defects that stand out most"
 
-WIDTH, HEIGHT = 260, 208  # a chart's plotting area, in its own pixels
-BINS = 30  # of the histogram
 PRO_LIMIT = 0.3  # the field's usual limit of the PRO curve
 
 
@@ -60,13 +57,29 @@ class GalleryImage:
     ground_truth: Image.Image | None
 
 
+class Chart(NamedTuple):
+    """A chart, with what tells of it to those who cannot see it.
+
+    Args:
+        heading: what is drawn.
+        labels: what is on the horizontal and the vertical axis.
+        summary: what it shows, in a sentence.
+        svg: an `<svg>` element.
+    """
+
+    heading: str
+    labels: tuple[str, str]
+    summary: str
+    svg: str
+
+
 @dataclass
 class CategoryReport:
     """What was measured on the test pictures of one category.
 
     Args:
         name: of the category.
-        metrics: name of `METRIC_NAMES` → value, NaN where it is undefined; has the AUROC or AP of each curve below.
+        metrics: name of `METRIC_NAMES` → value, NaN where it is undefined; those of the curves below are there.
         remarks: sentences on what the metrics leave out, and on why one is undefined.
         image_threshold: anomalous is `score > threshold`; None where the model has no threshold.
         scores: finite image score of each test picture.
@@ -156,10 +169,11 @@ def write_report(
     )
     environment.filters["metric"] = _metric
     environment.filters["data_uri"] = lambda image: _data_uri(image, side)
-    environment.globals |= {"METRIC_NAMES": METRIC_NAMES, "WIDTH": WIDTH, "HEIGHT": HEIGHT}
+    environment.globals["METRIC_NAMES"] = METRIC_NAMES
     html = environment.get_template("report.html").render(
         title=title,
-        categories=[(category, _view(category)) for category in categories],
+        categories=[(category, _view(category, f"category-{number}")) for number, category in enumerate(categories, 1)],
+        count=sum(len(category.scores) for category in categories),
         overview=_overview(categories),
         configuration=configuration,
         colors=[f"#{color}" for color in COLOR_SCALE.split()],
@@ -198,30 +212,12 @@ def _overview(categories: Sequence[CategoryReport]) -> dict[str, tuple[float, in
     return overview
 
 
-def _view(category: CategoryReport) -> dict[str, Any]:
-    """What the template shows of a category besides its own fields."""
+def _view(category: CategoryReport, id: str) -> dict[str, Any]:
+    """What the template shows of a category besides its own fields; `id` begins the ids in its charts."""
     score, defective = np.asarray(category.scores, dtype=np.float64), np.asarray(category.labels).astype(bool)
-    threshold = category.image_threshold
-    spread = score if threshold is None else np.append(score, threshold)
-    import_matplotlib()
-    from matplotlib.ticker import MaxNLocator
-
-    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(spread.min(), spread.max())
-    start, length = ticks[0], ticks[-1] - ticks[0]
-
-    def position(value: float | np.ndarray) -> Any:
-        return (value - start) / length * WIDTH
-
     return {
-        "good": int((~defective).sum()),
-        "defective": int(defective.sum()),
-        "found": None if threshold is None else int((score[defective] > threshold).sum()),
-        "false_alarms": None if threshold is None else int((score[~defective] > threshold).sum()),
-        "threshold": None if threshold is None else position(threshold),
-        "score_ticks": [(position(tick), f"{tick:g}") for tick in ticks],
-        "histogram": _histogram(score, defective, np.linspace(ticks[0], ticks[-1], BINS + 1)),
-        "charts": _charts(category),
-        "defect_types": _defect_types(category, score, defective, position(score)),
+        "charts": [_histogram(category, id, score[~defective], score[defective]), *_curves(category, id)],
+        "defect_types": _defect_types(category, score, defective),
         "groups": {
             group: [image for image in category.gallery if image.group == group]
             for group in dict.fromkeys(image.group for image in category.gallery)
@@ -229,93 +225,41 @@ def _view(category: CategoryReport) -> dict[str, Any]:
     }
 
 
-def _charts(category: CategoryReport) -> list[dict[str, Any]]:
-    """The curves that there are, as the template draws them."""
-    charts = []
-    if category.roc:
-        rates = " and ".join(f"{np.interp(0.05, *curve):.3f} for {kind}s" for kind, curve in category.roc.items())
-        charts.append(
-            {
-                "heading": "ROC",
-                "axes": ("false-positive rate", "true-positive rate"),
-                "x_end": 1.0,
-                "lines": {kind: _curve_path(*curve) for kind, curve in category.roc.items()},
-                "legend": [(kind, f"{kind}_auroc") for kind in category.roc],
-                "summary": f"True-positive rate at a false-positive rate of 0.05: {rates}.",
-            }
-        )
-    if category.precision_recall:
-        best = {k: precision[recall >= 0.9].max() for k, (recall, precision) in category.precision_recall.items()}
+def _histogram(category: CategoryReport, id: str, good: np.ndarray, bad: np.ndarray) -> Chart:
+    labels, threshold = ("image score", "share of the pictures"), category.image_threshold
+    svg = histogram_svg(f"{id}-scores", labels, good, bad, threshold)
+    summary = "There is no threshold."
+    if threshold is not None:
+        found, alarms = (bad > threshold).sum(), (good > threshold).sum()
+        summary = f"Above the threshold: {found} of {len(bad)} defective and {alarms} of {len(good)} good pictures."
+    return Chart("Scores, good against defective", labels, summary, svg)
+
+
+def _curves(category: CategoryReport, id: str) -> Iterator[Chart]:
+    """The charts of the curves that there are."""
+    legend = {name: f"{METRIC_NAMES[name]}: {_metric(value)}" for name, value in category.metrics.items()}
+    if curves := category.roc:
+        labels = "false-positive rate", "true-positive rate"
+        svg = curves_svg(f"{id}-roc", labels, curves, {kind: legend[f"{kind}_auroc"] for kind in curves}, chance=True)
+        rates = " and ".join(f"{np.interp(0.05, *curve):.3f} for {kind}s" for kind, curve in curves.items())
+        yield Chart("ROC", labels, f"True-positive rate at a false-positive rate of 0.05: {rates}.", svg)
+    if curves := category.precision_recall:
+        labels, texts = ("recall", "precision"), {kind: legend[f"{kind}_ap"] for kind in curves}
+        # As in the average precision, a precision holds until the next recall.
+        svg = curves_svg(f"{id}-precision-recall", labels, curves, texts, drawstyle="steps-post")
+        best = {kind: precision[recall >= 0.9].max() for kind, (recall, precision) in curves.items()}
         precisions = " and ".join(f"{value:.3f} for {kind}s" for kind, value in best.items())
-        charts.append(
-            {
-                "heading": "Precision and recall",
-                "axes": ("recall", "precision"),
-                "x_end": 1.0,
-                "lines": {k: _curve_path(*curve, steps=True) for k, curve in category.precision_recall.items()},
-                "legend": [(kind, f"{kind}_ap") for kind in category.precision_recall],
-                "summary": f"Best precision at a recall of 0.9 or more: {precisions}.",
-            }
-        )
+        yield Chart("Precision and recall", labels, f"Best precision at a recall of 0.9 or more: {precisions}.", svg)
     if category.pro is not None:
-        fpr, overlap = category.pro
-        end = min(PRO_LIMIT, fpr[-1])
-        inside = fpr < end
-        cut = np.append(fpr[inside], end), np.append(overlap[inside], np.interp(end, fpr, overlap))
-        charts.append(
-            {
-                "heading": "Per-region overlap (PRO)",
-                "axes": ("false-positive rate", "mean overlap of the regions"),
-                "x_end": PRO_LIMIT,
-                "lines": {"pixel": _curve_path(*cut, x_end=PRO_LIMIT)},
-                "legend": [("pixel", name) for name in category.metrics if name.startswith("au_pro")],
-                "summary": f"Overlap at a false-positive rate of 0.05: {np.interp(0.05, fpr, overlap):.3f}.",
-            }
-        )
-    return charts
+        labels = "false-positive rate", "mean overlap of the regions"
+        text = "\n".join(text for name, text in legend.items() if name.startswith("au_pro"))
+        svg = curves_svg(f"{id}-pro", labels, {"pixel": category.pro}, {"pixel": text}, x_end=PRO_LIMIT)
+        overlap = np.interp(0.05, *category.pro)
+        summary = f"Overlap at a false-positive rate of 0.05: {overlap:.3f}."
+        yield Chart("Per-region overlap (PRO)", labels, summary, svg)
 
 
-def _curve_path(x: np.ndarray, y: np.ndarray, *, x_end: float = 1.0, steps: bool = False) -> str:
-    """SVG path of a curve, to a fifth of a chart's pixel: a pixel curve of a million points becomes a few dozen.
-
-    Args:
-        x: `[N]` in [0, x_end].
-        y: `[N]` in [0, 1].
-        steps: as in the average precision, y holds until the next x and then jumps.
-    """
-    points = np.stack([np.divide(x, x_end) * WIDTH, np.subtract(1, y) * HEIGHT], axis=1).round(1)
-    points = points[np.append(True, (np.diff(points, axis=0) != 0).any(axis=1))]
-    if steps:
-        points = np.stack([points[:, 0].repeat(2)[1:], points[:, 1].repeat(2)[:-1]], axis=1)
-    return "M" + "L".join(f"{px:g} {py:g}" for px, py in approximate_polygon(points, 0.2))
-
-
-def _histogram(score: np.ndarray, defective: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
-    """Bars of the good pictures upwards and of the defective ones downwards from the middle, each as shares."""
-    counts = {
-        kind: np.histogram(score[mask], edges)[0] for kind, mask in (("good", ~defective), ("defective", defective))
-    }
-    shares = {kind: count / max(count.sum(), 1) for kind, count in counts.items()}
-    largest = max(share.max() for share in shares.values())
-    bars = []
-    for kind, share in shares.items():
-        for index in np.flatnonzero(share):
-            height = share[index] / largest * HEIGHT / 2
-            bars.append(
-                {
-                    "kind": kind,
-                    "x": index * WIDTH / BINS,
-                    "y": HEIGHT / 2 - (height if kind == "good" else 0),
-                    "height": height,
-                    "title": f"{counts[kind][index]} {kind}: {edges[index]:.4g} to {edges[index + 1]:.4g}",
-                }
-            )
-    return {"bars": bars, "largest": largest, "width": WIDTH / BINS}
-
-
-def _defect_types(
-    category: CategoryReport, score: np.ndarray, defective: np.ndarray, position: np.ndarray
-) -> list[dict[str, Any]]:
+def _defect_types(category: CategoryReport, score: np.ndarray, defective: np.ndarray) -> list[dict[str, Any]]:
     """One row for the good pictures and one for each defect type, the hardest to detect first."""
     types = np.asarray(category.defect_types)
     rows: list[dict[str, Any]] = []
@@ -328,13 +272,11 @@ def _defect_types(
                 "name": name,
                 "defective": label,
                 "count": int(own.sum()),
-                "mean": score[own].mean(),
+                "scores": (score[own].min(), score[own].mean(), score[own].max()),
                 "above": above,
                 "auroc": float(roc_auc_score(defective[compared], score[compared]))
                 if label and not defective.all()
                 else None,
-                "range": f"{own.sum()} scores from {score[own].min():.4g} to {score[own].max():.4g}",
-                "strip": "".join(f"M{x:.1f} 0v16" for x in position[own]),
             }
         )
     return sorted(rows, key=lambda row: (row["defective"], row["auroc"] or 0, row["name"]))
