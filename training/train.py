@@ -26,8 +26,9 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast, set_seed
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env, set_seed
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
@@ -47,7 +48,7 @@ from diffusionad_pipe.runtime.acceleration import (
 from diffusionad_pipe.runtime.progress import ProgressBar, silence_libraries
 from diffusionad_pipe.training.config import TrainingConfig, parse_arguments, to_plain
 from diffusionad_pipe.training.losses import distillation_losses, training_losses
-from diffusionad_pipe.training.networks import AveragedWeights, TrainedNetworks
+from diffusionad_pipe.training.networks import TrainedNetworks
 from diffusionad_pipe.training.plots import plot_losses, validation_grid
 from diffusionad_pipe.training.run_folder import (
     INDEX,
@@ -75,6 +76,11 @@ from diffusionad_pipe.training.setup import (
 logger = logging.getLogger("train")
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+SHARDING = {  # how accelerate launch asks for it
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -126,6 +132,9 @@ def main(config: TrainingConfig) -> int:
     silence_libraries()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it its products are not repeatable
     with checked_cluster():
+        for variable, name in SHARDING.items():
+            if parse_flag_from_env(variable):
+                raise ValueError(f"{name} is not supported: launch with --multi_gpu, whole networks fit on any card")
         if config.mixed_precision == "auto":
             config.mixed_precision = fastest_precision()
         accelerator = Accelerator(
@@ -156,21 +165,6 @@ def main(config: TrainingConfig) -> int:
         # accelerate launch would leave us one thread.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(config.cpu_threads or max(1, cores // accelerator.num_processes))
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if sharded and not accelerator.is_fsdp2:
-        raise ValueError("FSDP of version 1 is not supported: launch with --use_fsdp --fsdp_version 2")
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} is not supported: launch with --multi_gpu, where each process has "
-            "both networks whole, or with --use_fsdp --fsdp_version 2, where they are sharded"
-        )
-    if sharded:
-        if config.channels_last:
-            raise ValueError("FSDP cannot shard weights that are channels last: leave --channels_last out")
-        # Autocast alone, as without FSDP: else pictures, noise and masks, too, would be rounded.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = None
-        # All processes have built the same weights, and BatchNorm's statistics, not sharded, could not be sent round.
-        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     if accelerator.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
     folder = OutputFolder(config.output_dir, "train", "--output_dir")
@@ -183,7 +177,6 @@ def main(config: TrainingConfig) -> int:
 def train(config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder) -> int:
     """The run itself; returns the exit code."""
     output_dir = folder.path
-    sharded = accelerator.distributed_type == DistributedType.FSDP
 
     # 1. Networks from the seed, and pictures
     set_seed(config.seed)
@@ -248,11 +241,12 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder
     networks = TrainedNetworks(unet, segmentation)
     names = [name for name, _ in networks.named_parameters()]
     networks, optimizer = accelerator.prepare(networks, optimizer)
-    ema = AveragedWeights(networks.parameters(), decay=config.ema_decay, foreach=True)
+    ema = EMAModel(networks.parameters(), decay=config.ema_decay, foreach=True)
     progress = Progress(accelerator.num_processes)
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
     if resume_from is not None:
         accelerator.load_state(str(resume_from))
+        ema.to(accelerator.device)
         logger.info("resumed from %s at step %d", resume_from, progress.step)
         if progress.processes != accelerator.num_processes and not config.allow_config_changes:
             raise ValueError(
@@ -281,9 +275,9 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder
     )
 
     def averaged_weights() -> dict[str, torch.Tensor]:
-        """Both networks' weights, averaged and whole. Every process must ask; of FSDP's the first alone gets all."""
+        """Both networks' weights, averaged."""
         weights = accelerator.get_state_dict(networks)
-        return weights | dict(zip(names, ema.whole())) if config.ema_decay > 0 else weights
+        return weights | dict(zip(names, ema.shadow_params)) if config.ema_decay > 0 else weights
 
     def pipeline_of(weights: dict[str, torch.Tensor]) -> DiffusionADPipeline:
         """A pipeline around copies of the weights, rounded to the precision that they are saved in."""
@@ -417,17 +411,12 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder
             log(step, entry | {"seconds_per_step": seconds, "images_per_second": speed})
         paused = time.perf_counter()
         if step % config.validation_steps == 0 or step == config.max_train_steps:
-            weights = averaged_weights()
             if accelerator.is_main_process:
-                validate_and_save(step, weights)
-            del weights
+                validate_and_save(step, averaged_weights())
             accelerator.wait_for_everyone()
         stopping = accelerator.reduce(torch.tensor(len(stop_signals), device=accelerator.device)) > 0
         progress.seconds = time.perf_counter() - started
         if stopping or step % config.checkpointing_steps == 0 or step == config.max_train_steps:
-            if sharded:  # each process has BatchNorm statistics of its own, and any may write them: the first's
-                for buffer in networks.buffers():
-                    broadcast(buffer)
             save_checkpoint(accelerator, folder, step, config.checkpoints_total_limit)
         since += time.perf_counter() - paused  # the speed is that of training alone
         if stopping:

@@ -47,7 +47,7 @@ SAID_BY = {
 }
 SCRIPTS = {"train": "train", "evaluate": "evaluate"}
 # What `accelerate launch` is told, and not the command.
-LAUNCHER = {"--use_fsdp", "--fsdp_version", "--fsdp_auto_wrap_policy", "--multi_gpu", "--quiet"}
+LAUNCHER = {"--multi_gpu", "--quiet"}
 
 
 @cache

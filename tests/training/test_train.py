@@ -21,7 +21,7 @@ from diffusionad_pipe.files.output_folder import OutputFolder
 from diffusionad_pipe.runtime.acceleration import fastest_dtype
 from diffusionad_pipe.training import run_folder
 from tests.helpers.hub_server import HubServer
-from tests.helpers.script_processes import ScriptProcess, run_ranks
+from tests.helpers.script_processes import ScriptProcess, run_ranks, run_script
 from tests.helpers.tiny_pipeline import build_tiny_pipeline
 from tests.helpers.training_runs import (
     ENVIRONMENT,
@@ -177,27 +177,11 @@ def test_accumulation_and_processes_equal_one_big_batch(
     assert_nearly_same_run(output, trained)
 
 
-@pytest.mark.slow
-def test_fsdp_equals_one_big_batch_and_resumes_bit_exact(trained: Path, config: Path, tmp_path: Path) -> None:
-    """Sharded over two processes, and resumed from a checkpoint in the middle of the run."""
-    environment = ENVIRONMENT | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    environment |= {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    environment |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "CUDA_VISIBLE_DEVICES": ""}
-    train_sharded = [str(Path(__file__).with_name("fsdp_on_cpu.py")), "--train_batch_size", "2"]
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    for result in run_ranks([*train_sharded, *command(config, whole)[1:]], 2, environment):
-        assert result.returncode == 0, result.stderr
-    shards = (whole / "checkpoint-0000004" / "pytorch_model_fsdp_0").glob("*.distcp")
-    assert [path.name for path in sorted(shards)] == ["__0_0.distcp", "__1_0.distcp"]
-    assert_nearly_same_run(whole, trained)
-
-    shutil.copytree(whole, resumed)
-    shutil.rmtree(resumed / "checkpoint-0000006")
-    arguments = command(config, resumed, "--resume_from_checkpoint", "latest")[1:]
-    results = run_ranks([*train_sharded, *arguments], 2, environment)
-    assert [result.returncode for result in results] == [0, 0], results[0].stderr
-    assert "checkpoint-0000004 at step 4" in results[0].stderr
-    assert_same_weights(whole / "last", resumed / "last")
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_sharding_is_refused(config: Path, tmp_path: Path, name: str) -> None:
+    result = run_script(command(config, tmp_path / "sharded"), ENVIRONMENT | {f"ACCELERATE_USE_{name}": "true"})
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "is not supported: launch with --multi_gpu" in result.stderr and not (tmp_path / "sharded").exists()
 
 
 def test_resuming_another_folders_checkpoint_leaves_a_pipeline(trained: Path, config: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
 from .. import DiffusionADPipeline
 from ..files.output_folder import PRIVATE, OutputError, OutputFolder, sha256_of
@@ -176,12 +175,13 @@ def save_checkpoint(accelerator: Accelerator, folder: OutputFolder, step: int, t
                 checksums.update(_checksums(temporary))
                 (temporary / MANIFEST).write_text(json.dumps(checksums, indent=1), encoding="utf-8")
                 clear_place()
-        # torch, FSDP's writer and safetensors have errors of their own for a full disk.
-        except (OSError, RuntimeError, CheckpointException, SafetensorError) as error:
-            # FSDP's holds (error, trace) of each process.
-            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have their own for a full disk
             raise OutputError(
-                f"{folder.path / name} could not be written ({cause}): free some space and "
+                f"{folder.path / name} could not be written ({error}): free some space and "
                 "--resume_from_checkpoint latest; older checkpoints are kept"
             ) from error
 

@@ -140,7 +140,7 @@ def build_datasets(
         limits: dict[str, Any] = {"max_unreadable": config.max_unreadable, "max_pixels": config.max_pixels}
         textures = read_textures(config.texture_dir, sample_side, **limits)
         return {
-            "pictures": images.pixels[chosen].to(device),
+            "images": images.pixels[chosen].to(device),
             "textures": None if textures is None else textures.to(device),
             "foregrounds": mattes[chosen].to(device) if isinstance(mattes, torch.Tensor) else mattes,
             "texture_probability": config.texture_probability,
