@@ -106,25 +106,10 @@ def matrix_peak(
 
 def count_flops(function: Callable[[], object]) -> int:
     """Floating-point operations of a call in convolutions and matrix products; multiply and add are two."""
-    return sum(module_flops(function).values())
-
-
-def module_flops(function: Callable[[], object]) -> dict[str, int]:
-    """The same for each module that it calls, without the modules inside, by the module's name in the network."""
     # The counter knows attention as matrix products, not as a fused kernel.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
-    totals = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name != "Global"}
-    own = dict(totals)
-    for name, total in totals.items():
-        outer = name
-        while "." in outer:
-            outer = outer.rpartition(".")[0]
-            if outer in totals:
-                own[outer] -= total
-                break
-    # The counter's names begin with the network's class.
-    return {name.partition(".")[2]: flops for name, flops in own.items()}
+    return counter.get_total_flops()
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> float | None:

@@ -1,4 +1,4 @@
-"""The benchmark that counts on fake tensors; those that only take time are run by hand."""
+"""That benchmarks start, and what the one of a training step counts on fake tensors; they are timed by hand."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,14 @@ import pytest
 from tests.helpers.script_processes import run_script
 
 ROOT = Path(__file__).parents[1]
+BENCHMARKS = [file for file in sorted((ROOT / "benchmarks").glob("*.py")) if file.stem != "measure"]
+
+
+@pytest.mark.parametrize("script", BENCHMARKS, ids=lambda script: script.stem)
+def test_a_benchmark_starts(script: Path) -> None:
+    done = run_script([script, "--help"])
+    assert done.returncode == 0, done.stderr
+    assert f"python benchmarks/{script.name}" in done.stdout
 
 
 @pytest.mark.slow

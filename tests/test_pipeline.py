@@ -1,6 +1,7 @@
 """The pipeline's call, with tiny real networks."""
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from diffusers import DDIMScheduler
 from diffusers.utils import logging
 from PIL import Image
 
-from diffusionad_pipe import DiffusionADPipeline
+from diffusionad_pipe import DiffusionADPipeline, find_images, open_image
+
+ROOT = Path(__file__).parents[1]
 
 
 def make_images(count: int, size: int = 32) -> list[Image.Image]:
@@ -52,10 +55,22 @@ def test_scores_do_not_depend_on_batch_size_or_order(tiny_pipeline: DiffusionADP
         # The kernels of a convolution differ with the batch, so the last bits may.
         torch.testing.assert_close(other.anomaly_scores, whole.anomaly_scores, rtol=0, atol=1e-5)
         torch.testing.assert_close(other.anomaly_maps, whole.anomaly_maps, rtol=0, atol=1e-5)
-    reverse = tiny_pipeline(images[::-1], batch_size=1, output_type="pt")
-    ordered = tiny_pipeline(images, batch_size=1, output_type="pt")
-    assert torch.equal(reverse.anomaly_scores.flip(0), ordered.anomaly_scores)
+    for batch_size in (23, 1):  # within one batch size, not even the last bits differ
+        reverse = tiny_pipeline(images[::-1], batch_size=batch_size, output_type="pt")
+        ordered = tiny_pipeline(images, batch_size=batch_size, output_type="pt")
+        assert torch.equal(reverse.anomaly_scores.flip(0), ordered.anomaly_scores)
     assert torch.equal(tiny_pipeline(images[7], output_type="pt").anomaly_scores, ordered.anomaly_scores[7:8])
+
+
+def test_scores_of_a_shipped_model_hardly_depend_on_the_batch_size() -> None:
+    pipe = DiffusionADPipeline.from_pretrained(ROOT / "pretrained" / "hazelnut")
+    files = find_images(ROOT / "training" / "data" / "hazelnut_toy" / "hazelnut" / "test")[::5]
+    images = [open_image(file) for file in files]
+    alone, some, whole = (pipe(images, batch_size=size, output_type="pt") for size in (1, 4, len(images)))
+    assert len(images) == 5 and alone.anomaly_scores.std() > 0.1
+    for batched in (some, whole):
+        torch.testing.assert_close(batched.anomaly_scores, alone.anomaly_scores, rtol=0, atol=1e-6)
+        torch.testing.assert_close(batched.anomaly_maps, alone.anomaly_maps, rtol=0, atol=1e-6)
 
 
 def test_the_seed_in_the_config_makes_the_noise(tiny_pipeline: DiffusionADPipeline) -> None:
