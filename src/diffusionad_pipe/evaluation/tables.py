@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..files.output_folder import OutputFolder
 from ..metrics import METRIC_NAMES, mean_metrics
 from .measuring import CategoryResult
@@ -15,35 +17,7 @@ from .measuring import CategoryResult
 MEAN = "mean"
 TABLES = ("results.md", "results.json", "results.csv", "scores.csv")
 
-# Categories by which a benchmark is known.
-BENCHMARKS = {
-    "MVTec AD": {
-        "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw", "tile",
-        "toothbrush", "transistor", "wood", "zipper",
-    },
-    "VisA": {
-        "candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb1", "pcb2", "pcb3", "pcb4",
-        "pipe_fryum",
-    },
-    "DAGM 2007": {f"Class{number}" for number in range(1, 11)},
-    "MPDD": {"bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"},
-}  # fmt: skip
-PAPER = "the paper"  # arXiv 2303.08730
-RERUN = "an independent rerun of the authors' code"
-PUBLISHED: dict[str, list[tuple[str, str, dict[str, float]]]] = {
-    "MVTec AD": [
-        (PAPER, MEAN, {"image_auroc": 0.997, "pixel_auroc": 0.987, "pixel_ap": 0.761, "au_pro_0.30": 0.957}),
-        (RERUN, MEAN, {"image_auroc": 0.989, "pixel_auroc": 0.981, "pixel_ap": 0.749}),
-        (RERUN, "screw", {"image_auroc": 0.980, "pixel_auroc": 0.987, "pixel_ap": 0.623}),
-        (RERUN, "hazelnut", {"image_auroc": 1.000, "pixel_auroc": 0.997, "pixel_ap": 0.913}),
-    ],
-    "VisA": [
-        (PAPER, MEAN, {"image_auroc": 0.988, "pixel_auroc": 0.989}),
-        (PAPER, "pcb1", {"au_pro_0.30": 0.969}),
-    ],
-    "DAGM 2007": [(PAPER, MEAN, {"image_auroc": 0.996})],
-    "MPDD": [(PAPER, MEAN, {"image_auroc": 0.962})],
-}
+PUBLISHED = Path(__file__).with_name("published.yaml")
 
 
 def published_rows(categories: Sequence[str]) -> list[tuple[str, dict[str, float]]]:
@@ -52,11 +26,13 @@ def published_rows(categories: Sequence[str]) -> list[tuple[str, dict[str, float
     A mean is given where all categories of the benchmark are there.
     """
     rows = []
-    for benchmark, names in BENCHMARKS.items():
-        if set(categories) <= names:
-            for source, category, metrics in PUBLISHED[benchmark]:
-                if category in categories or (category == MEAN and set(categories) == names):
-                    rows.append((f"{category}, {benchmark}: {source}", metrics))
+    for benchmark, published in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")).items():
+        names, own = set(published["categories"]), set(categories)
+        if own <= names:
+            shown = own | {MEAN} if own == names else own
+            for figures in published["figures"]:
+                source = figures.pop("source")
+                rows += [(f"{name}, {benchmark}: {source}", figures[name]) for name in figures if name in shown]
     return rows
 
 
