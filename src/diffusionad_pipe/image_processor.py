@@ -3,8 +3,7 @@
 Nothing here knows of files; `image_files.open_image` turns a path into a picture.
 """
 
-from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, TypeAlias
@@ -13,17 +12,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from .images.colors import COLOR_SCALE
+from .images.panels import draw_contours, inner_border, lay_out_panel, overlay_map, panel_size, to_pil
 from .images.pixels import (
-    FULL_SCALE,
     MAX_ASPECT_RATIO,
     MIN_SIDE,
     check_kind,
     check_size,
     check_unit_range,
+    over_background,
     read_pil,
+    to_unit_range,
 )
 from .runtime.acceleration import explained_out_of_memory
 
@@ -33,9 +33,7 @@ ImageInputs: TypeAlias = ImageInput | Sequence[ImageInput]
 CHANNELS = (1, 3, 4)  # grey, RGB and RGBA
 OUTPUT_TYPES = ("pil", "np", "pt")
 
-CONTOUR_COLOR = (0, 229, 255)  # not a colour of the scale, and rare on surfaces
-PANEL_SIDES = (256, 512)  # the longest side of a picture in a panel
-PANEL_INK = (32, 32, 32)
+STRIP_HEIGHT = 256  # rows of a picture that are floats at once
 
 
 class DiffusionADImageProcessor:
@@ -81,11 +79,11 @@ class DiffusionADImageProcessor:
         used = f"all pictures of one call at {height} x {width} pixels"
         with explained_out_of_memory(used, "fewer of them, as the pipeline's stream() does, or a smaller size"):
             singles, resized, sizes = self.split(images), [], []
-            for index, single in enumerate(singles):  # one by one: floats of their own size need the most memory
+            for index, single in enumerate(singles):
                 with self.named(index, len(singles)):
-                    tensor = self._to_tensor(single)  # [3, h, w]
-                resized.append(_resize(tensor, (height, width)))
-                sizes.append(_size(tensor))
+                    array = self.decode(single)
+                resized.append(self._resized(array, (height, width)))
+                sizes.append(self.size(array))
             return torch.stack(resized).clamp(0, 1), sizes
 
     def postprocess(
@@ -121,7 +119,7 @@ class DiffusionADImageProcessor:
             output_type: `"pil"`, `"np"` or `"pt"`. Bools stay bools, but for `"pil"`, where True is 255.
         """
         if output_type == "pil":
-            return [_to_pil(image) for image in images]
+            return [to_pil(image) for image in images]
         if output_type == "np":
             images = [image.permute(1, 2, 0) for image in images]
         if len({image.shape for image in images}) == 1:
@@ -179,10 +177,15 @@ class DiffusionADImageProcessor:
         """
         if not 0 <= opacity <= 1:
             raise ValueError(f"opacity must be in [0, 1], not {opacity}")
-        pixels = self._to_tensor(image)  # [3, h, w]
-        level = _read_map(anomaly_map, _size(pixels))  # [h, w]
-        drawn = _overlay(pixels, level, opacity, vmin, vmax)
-        return _to_pil(drawn if mask is None else _draw_contours(drawn, _read_mask(mask, _size(pixels))))
+        array = self.decode(image)
+        level = _read_map(anomaly_map, self.size(array))  # [h, w]
+        border = None if mask is None else inner_border(_read_mask(mask, self.size(array)))
+
+        def paint(pixels: torch.Tensor, rows: slice) -> torch.Tensor:
+            painted = overlay_map(pixels, level[rows], opacity, vmin, vmax)
+            return painted if border is None else draw_contours(painted, border[rows])
+
+        return self._painted(array, paint)
 
     def visualize_mask(self, image: ImageInput, mask: ImageInput) -> Image.Image:
         """Draw the contours of a mask on its picture.
@@ -198,8 +201,9 @@ class DiffusionADImageProcessor:
             TypeError: for something that is not a picture.
             ValueError: if the sizes disagree.
         """
-        pixels = self._to_tensor(image)  # [3, h, w]
-        return _to_pil(_draw_contours(pixels, _read_mask(mask, _size(pixels))))
+        array = self.decode(image)
+        border = inner_border(_read_mask(mask, self.size(array)))
+        return self._painted(array, lambda pixels, rows: draw_contours(pixels, border[rows]))
 
     def panel(
         self,
@@ -230,48 +234,18 @@ class DiffusionADImageProcessor:
             TypeError: for something that is not a picture.
             ValueError: as for [`visualize_anomaly_map`].
         """
-        pixels = self._to_tensor(image)  # [3, h, w]
-        level = _read_map(anomaly_map, _size(pixels))  # [h, w]
-        scale = min(max(max(_size(pixels)), PANEL_SIDES[0]), PANEL_SIDES[1]) / max(_size(pixels))
-        height, width = size = round(pixels.shape[1] * scale), round(pixels.shape[2] * scale)
-        shown = _resize(pixels, size)
+        array = self.decode(image)
+        level = _read_map(anomaly_map, self.size(array))  # [h, w]
+        size = panel_size(*self.size(array))
+        shown = self._resized(array, size)  # [3, h, w], as all that is drawn
         # Stronger colours than by default: the bare picture stands beside them.
-        drawn = _overlay(shown, _resize(level[None], size)[0], 0.75, vmin, vmax)
+        drawn = overlay_map(shown, _resize(level[None], size)[0], 0.75, vmin, vmax)
         if mask is not None:
             # A maximum, so that a small region does not vanish when the picture is shrunk.
-            region = F.adaptive_max_pool2d(_read_mask(mask, _size(pixels)).float()[None], size)[0].bool()
-            drawn = _draw_contours(drawn, region)
-        rebuilt = _resize(self._to_tensor(reconstruction), size)
-        columns = {"picture": shown, "reconstruction": rebuilt, "anomaly map": drawn}
-
-        text_size = max(13, max(size) // 30)
-        font, title_font = ImageFont.load_default(text_size), ImageFont.load_default(round(text_size * 1.25))
-        line, gap, margin = round(text_size * 1.7), 6, 16
-        column = max(width, *(round(font.getlength(caption)) for caption in columns))
-        row = max(height, 5 * text_size)  # beside a strip of a picture there is still room for the legend
-        top = margin + line + (round(line * 1.3) if title else 0)
-        right = margin + 3 * (column + gap) + gap
-        ends = (f"{vmax:.3g}", top, "lt"), (f"{vmin:.3g}", top + row, "lb")
-        full_width = right + text_size + gap + max(round(font.getlength(end)) for end, *_ in ends) + margin
-        canvas = Image.new("RGB", (full_width, top + row + margin), (255, 255, 255))
-        draw = ImageDraw.Draw(canvas)
-        if title:
-            text, room = " ".join(title.split()), full_width - 2 * margin  # one line
-            if title_font.getlength(text) > room:
-                fits = bisect(range(len(text)), room, key=lambda n: round(title_font.getlength(text[:n] + "...")))
-                text = text[: fits - 1] + "..."
-            draw.text((margin, margin), text, PANEL_INK, title_font)
-        for index, (caption, tensor) in enumerate(columns.items()):
-            left = margin + index * (column + gap)
-            draw.text((left + column / 2, top - gap), caption, PANEL_INK, font, anchor="md")
-            canvas.paste(_to_pil(tensor), (left + (column - width) // 2, top + (row - height) // 2))
-        bar = _colorize(
-            torch.linspace(1, 0, row, dtype=torch.float32, device="cpu")[:, None].expand(row, text_size)
-        )  # [3, row, text_size]
-        canvas.paste(_to_pil(bar), (right, top))
-        for end, y, anchor in ends:
-            draw.text((right + text_size + gap, y), end, PANEL_INK, font, anchor=anchor)
-        return canvas
+            region = F.adaptive_max_pool2d(_read_mask(mask, self.size(array)).float()[None], size)[0].bool()
+            drawn = draw_contours(drawn, inner_border(region))
+        rebuilt = self._resized(self.decode(reconstruction), size)
+        return lay_out_panel({"picture": shown, "reconstruction": rebuilt, "anomaly map": drawn}, title, vmin, vmax)
 
     def split(self, images: ImageInputs) -> list[ImageInput]:
         """The single pictures of what [`preprocess`] takes.
@@ -328,17 +302,14 @@ class DiffusionADImageProcessor:
         Raises:
             ValueError: for values that cannot be used.
         """
-        channels_last = isinstance(array, np.ndarray)
         if window is not None:
             top, left, height, width = window
             rows, columns = slice(top, top + height), slice(left, left + width)
-            array = array[rows, columns] if channels_last else array[:, rows, columns]
+            array = array[rows, columns] if isinstance(array, np.ndarray) else array[:, rows, columns]
         # Channels first while pixels are bytes: four times less to move than floats. [1|3|4, h, w]
-        values = _to_unit_range(array.transpose(2, 0, 1) if isinstance(array, np.ndarray) else array)
-        if len(values) == 4:
-            background = torch.tensor(self.background, dtype=torch.float32, device="cpu").div(255)[:, None, None]
-            values = values[:3] * values[3:] + background * (1 - values[3:])
-        return values.expand(3, -1, -1).contiguous()
+        values = array.transpose(2, 0, 1) if isinstance(array, np.ndarray) else _as_numpy(array)
+        rgb = over_background(to_unit_range(values, _dtype_name(array)), self.background)
+        return torch.from_numpy(rgb).expand(3, -1, -1).contiguous()
 
     @contextmanager
     def named(self, index: int, count: int) -> Iterator[None]:
@@ -351,9 +322,29 @@ class DiffusionADImageProcessor:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"picture {index}: {error}") from error
 
-    def _to_tensor(self, image: ImageInput) -> torch.Tensor:
-        """Turn one picture into float32 RGB `[3, h, w]` in [0, 1] on the CPU."""
-        return self.to_rgb(self.decode(image))
+    def _resized(self, array: NDArray[Any] | torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """What [`decode`] returned as RGB floats `[3, *size]`.
+
+        The picture becomes floats strip by strip: along the width strips can be resized one by one, and the result is
+        the same bit for bit, since torch resizes along one side after the other too.
+        """
+        (height, width), (new_height, new_width) = self.size(array), size
+        strips = []
+        for top in range(0, height, STRIP_HEIGHT):
+            strip = self.to_rgb(array, (top, 0, STRIP_HEIGHT, width))  # [3, up to STRIP_HEIGHT, width]
+            strips.append(_resize(strip, (strip.shape[1], new_width)))
+        return _resize(torch.cat(strips, dim=1), (new_height, new_width))
+
+    def _painted(
+        self, array: NDArray[Any] | torch.Tensor, paint: Callable[[torch.Tensor, slice], torch.Tensor]
+    ) -> Image.Image:
+        """What [`decode`] returned as a PIL image, once `paint` was given each strip `[3, h, w]` of it and its rows."""
+        height, width = self.size(array)
+        canvas = Image.new("RGB", (width, height))
+        for top in range(0, height, STRIP_HEIGHT):
+            pixels = self.to_rgb(array, (top, 0, STRIP_HEIGHT, width))
+            canvas.paste(to_pil(paint(pixels, slice(top, top + STRIP_HEIGHT))), (0, top))
+        return canvas
 
 
 def _check_type(image: Any) -> NDArray[Any] | torch.Tensor:
@@ -378,23 +369,21 @@ def _check_layout(array: NDArray[Any] | torch.Tensor) -> None:
 
 
 def _check_values(array: NDArray[Any] | torch.Tensor) -> None:
-    if isinstance(array, np.ndarray):
-        name, floating = array.dtype.name, np.issubdtype(array.dtype, np.floating)
-    else:
-        name, floating = str(array.dtype).removeprefix("torch."), array.is_floating_point()
+    name = _dtype_name(array)
+    floating = "float" in name
     check_kind(name, floating)
     if floating:
         check_unit_range(array.min().item(), array.max().item())
 
 
-def _to_unit_range(array: NDArray[Any] | torch.Tensor) -> torch.Tensor:
-    """Scale integers by their dtype: float32 of the same shape in [0, 1] on the CPU."""
-    name = array.dtype.name if isinstance(array, np.ndarray) else str(array.dtype).removeprefix("torch.")
-    tensor = torch.from_numpy(array.astype(np.float32, order="C")) if isinstance(array, np.ndarray) else array
-    values: torch.Tensor = tensor.detach().to("cpu", torch.float32)
-    if name in FULL_SCALE:  # so these are not the caller's own
-        return values.div_(FULL_SCALE[name])
-    return values.clamp(0, 1)
+def _dtype_name(array: NDArray[Any] | torch.Tensor) -> str:
+    return array.dtype.name if isinstance(array, np.ndarray) else str(array.dtype).removeprefix("torch.")
+
+
+def _as_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    """On the CPU; bfloat16, which NumPy has not, as float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def _read_plane(values: ImageInput, name: str, size: tuple[int, int]) -> NDArray[Any] | torch.Tensor:
@@ -411,7 +400,8 @@ def _read_map(anomaly_map: ImageInput, size: tuple[int, int]) -> torch.Tensor:
     plane = _read_plane(anomaly_map, "anomaly map", size)
     try:
         _check_values(plane)
-        return _to_unit_range(plane)
+        values = plane if isinstance(plane, np.ndarray) else _as_numpy(plane)
+        return torch.from_numpy(to_unit_range(values, _dtype_name(plane)))
     except ValueError as error:
         raise ValueError(f"anomaly map: {error}") from error
 
@@ -431,36 +421,3 @@ def _resize(image: torch.Tensor, size: tuple[int, int], antialias: bool = True) 
         return image
     # Planes as a batch of their own: three channels of one picture take twice as long.
     return F.interpolate(image[:, None], size=size, mode="bilinear", antialias=antialias)[:, 0]
-
-
-def _to_pil(image: torch.Tensor) -> Image.Image:
-    """Turn `[1|3, h, w]` in [0, 1] into a PIL image, to the nearest of 256 values."""
-    pixels = image.mul(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def _colorize(level: torch.Tensor) -> torch.Tensor:
-    """Look `[h, w]` in [0, 1] up in the colour scale: RGB `[3, h, w]` in [0, 1]."""
-    colors = torch.frombuffer(bytearray.fromhex(COLOR_SCALE), dtype=torch.uint8).view(-1, 3).float().div(255)
-    position = level * (len(colors) - 1)
-    below = position.long().clamp(max=len(colors) - 2)
-    return torch.lerp(colors[below], colors[below + 1], (position - below)[..., None]).permute(2, 0, 1)
-
-
-def _overlay(image: torch.Tensor, level: torch.Tensor, opacity: float, vmin: float, vmax: float) -> torch.Tensor:
-    """Blend a map `[h, w]` over RGB `[3, h, w]`, the more the higher its value."""
-    if not vmin < vmax:
-        raise ValueError(f"vmin must be below vmax, not {vmin} and {vmax}")
-    level = (level - vmin).div(vmax - vmin).clamp(0, 1)
-    weight = opacity * level
-    return image * (1 - weight) + _colorize(level) * weight
-
-
-def _draw_contours(image: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
-    """Draw the inner border of regions, bool `[h, w]`, on RGB `[3, h, w]`, 1 to 3 pixels wide."""
-    width = min(3, 1 + min(_size(image)) // 384)
-    # Eroded as if all beyond the picture were normal, so that a region at its edge is closed there.
-    outside = F.pad((~region).float()[None], [width] * 4, value=1.0)
-    border = region & F.max_pool2d(outside, 2 * width + 1, stride=1)[0].bool()
-    color = torch.tensor(CONTOUR_COLOR, dtype=torch.float32, device="cpu").div(255)[:, None, None]
-    return torch.where(border, color, image)

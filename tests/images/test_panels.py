@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusionad_pipe.image_processor import CONTOUR_COLOR, _colorize
 from diffusionad_pipe.images.colors import COLOR_SCALE
+from diffusionad_pipe.images.panels import CONTOUR_COLOR, colorize
 from tests.helpers.tiny_images import COLOR, HEIGHT, PIXELS, WIDTH
 
 TOP_COLOR = tuple(bytes.fromhex(COLOR_SCALE.split()[-1]))  # of a map that is 1
@@ -17,7 +17,7 @@ TOP_COLOR = tuple(bytes.fromhex(COLOR_SCALE.split()[-1]))  # of a map that is 1
 def test_the_colour_scale_is_even_and_grows_lighter():
     to_oklab = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]])
     lms_to_lab = np.array([[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]])
-    encoded = _colorize(torch.linspace(0, 1, 11)[None])[:, 0].T.numpy()  # [11, 3]
+    encoded = colorize(torch.linspace(0, 1, 11)[None])[:, 0].T.numpy()  # [11, 3]
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     lab = np.cbrt(linear @ to_oklab.T) @ lms_to_lab.T
     steps = np.linalg.norm(np.diff(lab, axis=0), axis=1)

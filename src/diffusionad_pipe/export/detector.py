@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..images.pixels import FULL_SCALE, check_kind, check_size, check_unit_range, read_pil
+from ..images.pixels import check_kind, check_size, check_unit_range, over_background, read_pil, to_unit_range
 from ..runtime.config_values import is_finite
 from ..runtime.prefetch import prefetched
 
@@ -256,22 +256,14 @@ def to_rgb_uint8(image: ImageInput) -> NDArray[np.uint8]:
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
         raise ValueError(f"array of shape {array.shape}; make it [H, W] or [H, W, C] with C = 1, 3 or 4")
     check_size(*array.shape[:2])
-    if array.dtype != np.uint8:
-        array = _to_unit_range(array) * 255
-    if array.shape[2] == 4:
-        alpha = array[..., 3:] / 255
-        array = array[..., :3] * alpha + 255 * (1 - alpha)
-    array = array if array.dtype == np.uint8 else np.rint(array).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
-
-
-def _to_unit_range(array: NDArray[Any]) -> NDArray[Any]:
     floating = np.issubdtype(array.dtype, np.floating)
     check_kind(array.dtype.name, floating)
-    if not floating:
-        return array / FULL_SCALE[array.dtype.name]
-    check_unit_range(array.min(), array.max())
-    return array.clip(0, 1)
+    if floating:
+        check_unit_range(array.min(), array.max())
+    if array.dtype != np.uint8 or array.shape[2] == 4:
+        rgb = over_background(to_unit_range(array.transpose(2, 0, 1), array.dtype.name))
+        array = np.rint(rgb * 255).astype(np.uint8).transpose(1, 2, 0)
+    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
 
 
 def _split(image: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from .pillow_quirks import CANNOT_READ, NO_DECODER, MisreadError, load
 
+WHITE = (255, 255, 255)
 MIN_SIDE = 8
 MAX_ASPECT_RATIO = 32.0
 
@@ -174,3 +175,30 @@ def oriented(image: Image.Image) -> Image.Image:
     with suppress(Exception):  # a malformed EXIF block, which fails in many ways, holds no orientation
         return ImageOps.exif_transpose(image)
     return image
+
+
+def to_unit_range(values: NDArray[Any], dtype_name: str) -> NDArray[np.float32]:
+    """Pixels as new floats in [0, 1], in C order.
+
+    Args:
+        values: of any shape; checked before.
+        dtype_name: of the pixels as they came, which says where their white is.
+    """
+    floats = values.astype(np.float32, order="C")
+    if dtype_name in FULL_SCALE:
+        floats /= np.float32(FULL_SCALE[dtype_name])
+        return floats
+    return floats.clip(0, 1)
+
+
+def over_background(values: NDArray[np.float32], background: tuple[int, int, int] = WHITE) -> NDArray[np.float32]:
+    """Transparent pixels `[4, h, w]` on a background, as `[3, h, w]`; those without transparency stay as they are.
+
+    Args:
+        values: `[1|3|4, h, w]` in [0, 1].
+        background: RGB, 0 to 255.
+    """
+    if len(values) != 4:
+        return values
+    behind = (np.array(background, dtype=np.float32) / np.float32(255))[:, None, None]
+    return values[:3] * values[3:] + behind * (1 - values[3:])

@@ -9,8 +9,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..evaluation.calibration import split_held_out
-from ..image_processor import PANEL_INK, DiffusionADImageProcessor
+from ..image_processor import DiffusionADImageProcessor
 from ..images.files import MAX_PIXELS
+from ..images.panels import PANEL_INK
 from .dataset import SyntheticAnomalyDataset
 from .images import foreground_mattes, read_good_images, read_textures
 
