@@ -20,7 +20,7 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from tqdm.auto import tqdm
 
-from diffusionad_pipe.evaluation.measuring import peak_memory
+from diffusionad_pipe.evaluation.predicting import peak_memory
 from diffusionad_pipe.metrics.exact import au_pro, evaluate_maps
 from diffusionad_pipe.metrics.streaming import StreamingAnomalyMetrics
 

@@ -27,6 +27,7 @@ SAID_BY = {
     "data/loading": READERS,
     "evaluation/calibration": "calibrate",
     "evaluation/measuring": "evaluate",
+    "evaluation/predicting": "evaluate",
     "evaluation/tables": "evaluate",
     "files/output_folder": "predict evaluate preview-synthesis export space",  # the others give it a name of their own
     "hub/model_card": "evaluate",
@@ -42,7 +43,9 @@ SAID_BY = {
     "cli/images _find_sources": "predict",
     "cli/images _predict_share": "predict",
     "cli/options load_pipeline": "predict calibrate",
-    "cli/options chosen_tiling": "predict",
+    "cli/evaluate": "evaluate",
+    "cli/calibrate": "calibrate",
+    "cli/options chosen_tiling": "predict evaluate",
     "cli/training TRAIN_DESCRIPTION": "train",
 }
 SCRIPTS = {"train": "train", "evaluate": "evaluate"}

@@ -20,9 +20,11 @@ from typer.testing import CliRunner
 from diffusionad_pipe import DiffusionADPipeline, open_image
 from diffusionad_pipe.cli import app
 from diffusionad_pipe.data.loading import export_parquet, load_anomaly_dataset
+from diffusionad_pipe.evaluation.evaluate import evaluate
 from diffusionad_pipe.evaluation.kept_predictions import Prediction, StoredPredictions
-from diffusionad_pipe.evaluation.measuring import CategoryResult, evaluate
 from diffusionad_pipe.evaluation.report import write_evaluation_report
+from diffusionad_pipe.evaluation.results import CategoryResult
+from diffusionad_pipe.evaluation.settings import EvaluationSettings
 from diffusionad_pipe.evaluation.tables import markdown_table, published_rows
 from diffusionad_pipe.files.output_folder import OutputError, OutputFolder
 from diffusionad_pipe.metrics.exact import evaluate_maps, mean_metrics
@@ -105,7 +107,7 @@ def test_an_interrupted_evaluation_goes_on_and_another_model_begins_anew(
     model: Path, data: Path, tmp_path: Path, tiny_pipeline: DiffusionADPipeline
 ) -> None:
     folder, image = tmp_path / "out" / "predictions" / "part", data / "test" / "good" / "1.png"
-    evaluate(model, data, tmp_path / "out", batch_size=2)
+    evaluate(model, data, tmp_path / "out", settings=EvaluationSettings(batch_size=2))
     first = stored(tmp_path / "out", image)
     gone = sorted(folder.glob("*.npz"))[1:3]
     for file in gone:
@@ -113,18 +115,20 @@ def test_an_interrupted_evaluation_goes_on_and_another_model_begins_anew(
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
     with pytest.raises(ValueError, match=r"no prediction for .*\.png: give the model to go on"):
         evaluate(None, data, tmp_path / "out")
-    evaluate(model, data, tmp_path / "out", batch_size=2)
+    evaluate(model, data, tmp_path / "out", settings=EvaluationSettings(batch_size=2))
     now = {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
     assert now.keys() == {*times, *gone} and now | times == now
 
     with torch.no_grad():
         tiny_pipeline.segmentation.conv_out.bias += 0.5
     tiny_pipeline.save_pretrained(tmp_path / "other")
-    evaluate(tmp_path / "other", data, tmp_path / "out", batch_size=2)
+    evaluate(tmp_path / "other", data, tmp_path / "out", settings=EvaluationSettings(batch_size=2))
     other = stored(tmp_path / "out", image).anomaly_map
     assert (other > first.anomaly_map).all()
     assert len(list(folder.glob("*.npz"))) == 5 and not now.keys() & {*folder.glob("*.npz")}
-    evaluate(tmp_path / "other", data, tmp_path / "out", batch_size=2, dtype=torch.bfloat16)
+    evaluate(
+        tmp_path / "other", data, tmp_path / "out", settings=EvaluationSettings(batch_size=2, dtype=torch.bfloat16)
+    )
     half = stored(tmp_path / "out", image).anomaly_map
     assert 0 < np.abs(half - other).max() < 0.05
 
@@ -144,12 +148,19 @@ def test_streaming_holds_one_map_whatever_their_number(model: Path, tmp_path: Pa
             mask = Image.new("1", (side, side))
             mask.paste(1, (100, 100, 300, 200))
             mask.save(folder / "ground_truth" / "bad" / f"{index}.png") if index % 2 else None
-        evaluate(model, tmp_path / name, tmp_path / "out" / name, batch_size=1, at_model_size=True)
+        evaluate(
+            model,
+            tmp_path / name,
+            tmp_path / "out" / name,
+            settings=EvaluationSettings(batch_size=1, at_model_size=True),
+        )
     script = f"""
 import resource
-from diffusionad_pipe.evaluation.measuring import evaluate
+from diffusionad_pipe.evaluation.evaluate import evaluate
+from diffusionad_pipe.evaluation.settings import EvaluationSettings
+streaming = EvaluationSettings(method="streaming")
 for name in ("few", "many"):
-    evaluate(None, {str(tmp_path)!r} + "/" + name, {str(tmp_path / "out")!r} + "/" + name, method="streaming")
+    evaluate(None, {str(tmp_path)!r} + "/" + name, {str(tmp_path / "out")!r} + "/" + name, settings=streaming)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * {1 if sys.platform == "darwin" else 1024})
 """
     printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
@@ -176,13 +187,14 @@ def test_processes_share_the_work_of_the_function(model: Path, data: Path, tmp_p
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"
-        "from diffusionad_pipe.evaluation.measuring import evaluate\n"
-        "results = evaluate(*sys.argv[1:4], batch_size=2)\n"
+        "from diffusionad_pipe.evaluation.evaluate import evaluate\n"
+        "from diffusionad_pipe.evaluation.settings import EvaluationSettings\n"
+        "results = evaluate(*sys.argv[1:4], settings=EvaluationSettings(batch_size=2))\n"
         "print('results', len(results), *(result.metrics['image_auroc'] for result in results))\n"
     )
     ranks = run_ranks([script, model, data, tmp_path / "two"], 2, ENVIRONMENT)
     assert [rank.returncode for rank in ranks] == [0, 0], ranks
-    (one,) = evaluate(model, data, tmp_path / "one", batch_size=2)
+    (one,) = evaluate(model, data, tmp_path / "one", settings=EvaluationSettings(batch_size=2))
     lines = sorted(line for rank in ranks for line in rank.stdout.splitlines() if line.startswith("results"))
     assert lines == ["results 0", f"results 1 {one.metrics['image_auroc']}"]
 
@@ -221,7 +233,7 @@ def opencv_resize(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def test_the_reference_protocol_erodes_masks_and_scores_fifty_pixels(model: Path, data: Path, tmp_path: Path) -> None:
-    (result,) = evaluate(model, data, tmp_path / "out", protocol="reference")
+    (result,) = evaluate(model, data, tmp_path / "out", settings=EvaluationSettings(protocol="reference"))
     for row in result.rows:
         prediction = stored(tmp_path / "out", Path(row["path"]))
         assert row["score"] == pytest.approx(np.sort(prediction.anomaly_map.ravel())[-50:].mean(), abs=1e-6)
@@ -236,9 +248,11 @@ def test_the_reference_protocol_erodes_masks_and_scores_fifty_pixels(model: Path
     expected = evaluate_maps(maps, masks, method="reference")
     assert {name: result.metrics[name] for name in expected} == expected
 
-    (exact,) = evaluate(None, data, tmp_path / "out", protocol="reference", at_model_size=True)
+    (exact,) = evaluate(
+        None, data, tmp_path / "out", settings=EvaluationSettings(protocol="reference", at_model_size=True)
+    )
     assert exact.metrics == result.metrics
-    (own,) = evaluate(model, data, tmp_path / "exact", at_model_size=True)
+    (own,) = evaluate(model, data, tmp_path / "exact", settings=EvaluationSettings(at_model_size=True))
     assert own.metrics["pixel_ap"] != result.metrics["pixel_ap"]
 
 
@@ -314,7 +328,7 @@ def test_what_a_dataset_lacks_is_said(
     missing: str, defined: set[str], remark: str, method: str, model: Path, data: Path, tmp_path: Path
 ) -> None:
     shutil.rmtree(data / missing)
-    (result,) = evaluate(model, data, tmp_path / "Ausgabe für Ä", method=method)  # type: ignore[arg-type]
+    (result,) = evaluate(model, data, tmp_path / "Ausgabe für Ä", settings=EvaluationSettings(method=method))  # type: ignore[arg-type]
     of_scores = {name: value for name, value in result.metrics.items() if name.startswith(("image_", "pixel_"))}
     assert {name.split("_")[0] for name, value in of_scores.items() if not math.isnan(value)} == defined
     assert any(line.startswith(remark) for line in result.remarks)

@@ -14,8 +14,9 @@ from typer.testing import CliRunner, Result
 from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.cli import app
 from diffusionad_pipe.data.loading import FEATURES, export_parquet, load_anomaly_dataset
-from diffusionad_pipe.evaluation.measuring import evaluate, find_models
+from diffusionad_pipe.evaluation.evaluate import evaluate, find_models
 from diffusionad_pipe.evaluation.report import write_evaluation_report
+from diffusionad_pipe.evaluation.settings import EvaluationSettings
 from diffusionad_pipe.files.output_folder import OutputFolder, safe_name, sha256_of
 from tests.helpers.small_data import write_small_data
 
@@ -84,7 +85,7 @@ def test_nothing_of_the_users_is_deleted_or_overwritten(
 
 
 def test_a_prediction_belongs_to_a_pictures_content(model: Path, data: Path, tmp_path: Path) -> None:
-    (first,) = evaluate(model, data, tmp_path / "out", batch_size=2)
+    (first,) = evaluate(model, data, tmp_path / "out", settings=EvaluationSettings(batch_size=2))
     kept = predictions(tmp_path / "out")
     assert len(kept) == 5
     # Moved, renamed, with another date and another neighbour: all are kept, and the new one alone is added.
@@ -94,18 +95,18 @@ def test_a_prediction_belongs_to_a_pictures_content(model: Path, data: Path, tmp
     (again,) = evaluate(None, moved, tmp_path / "out")
     assert again.metrics == first.metrics and again.rows[1]["score"] == first.rows[0]["score"]
     Image.new("RGB", (48, 40)).save(moved / "test" / "good" / "5.png")
-    (more,) = evaluate(model, moved, tmp_path / "out", batch_size=2)
+    (more,) = evaluate(model, moved, tmp_path / "out", settings=EvaluationSettings(batch_size=2))
     assert len(more.rows) == 6 and predictions(tmp_path / "out") | kept == predictions(tmp_path / "out")
     assert [row["score"] for row in more.rows[:3:2]] == [row["score"] for row in first.rows[1::-1]]
     # Another picture under an old name is another picture.
     Image.new("RGB", (48, 40), (255, 0, 0)).save(moved / "test" / "good" / "9.png")
     with pytest.raises(ValueError, match=r"no prediction for .*9\.png: give the model to go on"):
         evaluate(None, moved, tmp_path / "out")
-    (fresh,) = evaluate(model, moved, tmp_path / "out", batch_size=2)
+    (fresh,) = evaluate(model, moved, tmp_path / "out", settings=EvaluationSettings(batch_size=2))
     assert fresh.rows[2]["score"] != first.rows[0]["score"] and len(predictions(tmp_path / "out")) == 7
     # The same picture twice is judged once.
     shutil.copy(moved / "test" / "good" / "9.png", moved / "test" / "good" / "9 again.png")
-    (twice,) = evaluate(model, moved, tmp_path / "out", batch_size=2)
+    (twice,) = evaluate(model, moved, tmp_path / "out", settings=EvaluationSettings(batch_size=2))
     assert len(twice.rows) == 7 and len(predictions(tmp_path / "out")) == 7
 
 

@@ -16,7 +16,7 @@ from diffusionad_pipe import DiffusionADImageProcessor, DiffusionADPipeline, ope
 from diffusionad_pipe.cli import app
 from diffusionad_pipe.data.checks import check_data
 from diffusionad_pipe.evaluation.calibration import calibrate
-from diffusionad_pipe.evaluation.measuring import evaluate
+from diffusionad_pipe.evaluation.evaluate import evaluate
 from diffusionad_pipe.export.detector import to_rgb_uint8
 from diffusionad_pipe.images.files import OR_RAISE_MAX_PIXELS, ImageFileError, shown
 from diffusionad_pipe.images.sources import from_file

@@ -9,15 +9,25 @@ from typing import Annotated
 import typer
 from diffusers.utils import logging as diffusers_logging
 
+from ..evaluation.settings import EvaluationSettings
 from ..files.output_folder import OutputError, OutputFolder
 from ..runtime.acceleration import find_device, join_processes
 from ..runtime.batch_failures import TooFewPredictedError
 from .console import USER_ERRORS, fail, needed_packages, output_console
-from .options import BatchSize, Device, Dtype, MaxPixels, NetworksDtype
+from .options import (
+    BatchSize,
+    Device,
+    Dtype,
+    MaxPixels,
+    NetworksDtype,
+    TileOverlap,
+    TileSize,
+    chosen_tiling,
+)
 
 
 class Protocol(StrEnum):
-    """How test pictures and masks are prepared, see `measuring.evaluate`."""
+    """How test pictures and masks are prepared, see `EvaluationSettings`."""
 
     exact = "exact"
     reference = "reference"
@@ -54,6 +64,8 @@ def evaluate(
         int, typer.Option(min=1, help="Noises that a prediction is the mean of: an ensemble.")
     ] = 1,
     batch_size: BatchSize = 8,
+    tile_size: TileSize = None,
+    tile_overlap: TileOverlap = None,
     dtype: NetworksDtype = Dtype.float32,
     device: Device = None,
     report: Annotated[bool, typer.Option(help="Also write report.html, to look at.")] = True,
@@ -73,63 +85,70 @@ def evaluate(
     diffusionad evaluate --model runs/mine --data datasets/screw
     diffusionad evaluate --model runs --data datasets --category all
     """
+    diffusers_logging.disable_progress_bar()
+    try:
+        join_processes()
+        place = find_device(device)
+        settings = EvaluationSettings(
+            protocol=protocol.value,
+            method=method.value,
+            at_model_size=at_model_size,
+            num_noise_samples=num_noise_samples,
+            batch_size=batch_size,
+            tiling=chosen_tiling(tile_size, tile_overlap),
+            dtype=dtype.on(place),
+            device=place,
+            max_pixels=max_pixels,
+        )
+    except USER_ERRORS as error:
+        fail(error)
+    _evaluate(data, category, model, OutputFolder(output, "evaluate"), settings, report, model_card)
+
+
+def _evaluate(
+    data: Path,
+    category: str | None,
+    model: str | None,
+    folder: OutputFolder,
+    settings: EvaluationSettings,
+    report: bool,
+    model_card: bool,
+) -> None:
+    """What the command does, once its options are one object."""
     with needed_packages():
-        from ..evaluation import measuring, tables
+        from ..evaluation import evaluate as evaluation
+        from ..evaluation import tables
         from ..evaluation.kept_predictions import SETTINGS, name_predictions
         from ..evaluation.report import write_evaluation_report
         from ..evaluation.test_set import load_test_images
         from ..hub import results as cards
-    diffusers_logging.disable_progress_bar()
-    console = output_console()
-    title = os.path.basename(os.path.abspath(data))
-    settings = {
-        "model": model, "data": title, "protocol": protocol.value, "method": method.value,
-        "at_model_size": at_model_size, "num_noise_samples": num_noise_samples, "batch_size": batch_size,
-    }  # fmt: skip
-    folder = OutputFolder(output, "evaluate")
+    console, title = output_console(), os.path.basename(os.path.abspath(data))
     with ExitStack() as stack:
         try:
-            join_processes()
-            place = find_device(device)
-            networks_dtype = dtype.on(place)
-            settings["dtype"] = str(networks_dtype).removeprefix("torch.")
-            categories = load_test_images(data, category, max_pixels)
+            categories = load_test_images(data, category, settings.max_pixels, settings.max_aspect_ratio)
             names = [images.category for images in categories]
-            models = None if model is None else measuring.find_models(model, names)
+            models = None if model is None else evaluation.find_models(model, names)
             if model_card:
                 if models is None:
                     raise ValueError("--model-card writes into a model's folder: give --model too")
                 cards.require_cards(models)
             files = [*tables.TABLES, *(["report.html"] if report else [])]
             files += [f"{name}/{SETTINGS}" for name in name_predictions(names)]
-            stack.enter_context(measuring.held_by_main(folder, *files))
+            stack.enter_context(evaluation.held_by_main(folder, *files))
         except USER_ERRORS as error:
             fail(error)
         try:
-            results = measuring.evaluate_categories(
-                categories,
-                models,
-                folder,
-                protocol=protocol.value,
-                method=method.value,
-                at_model_size=at_model_size,
-                num_noise_samples=num_noise_samples,
-                batch_size=batch_size,
-                dtype=networks_dtype,
-                device=place,
-            )
+            results = evaluation.evaluate_categories(categories, models, folder, settings)
             if not results:  # another process computes the metrics
                 return
-            tables.write_tables(results, folder, settings)
+            described = {"model": model, "data": title, **settings.described()}
+            tables.write_tables(results, folder, described)
             if report:
-                write_evaluation_report(results, title, folder, settings)
+                write_evaluation_report(results, title, folder, described)
             for line in tables.markdown_table(results).splitlines():
                 console.print(line)
             if model_card and models is not None:
-                at_own_size = not at_model_size and protocol is not Protocol.reference
-                size = "the pictures' own size" if at_own_size else "the model's size"
-                how = f"protocol {protocol.value}, at {size}, in {settings['dtype']}"
-                cards.write_into_cards(results, models, title, how)
+                cards.write_into_cards(results, models, title, _how(settings))
         except (OutputError, MemoryError) as error:
             fail(error, 1)
         except TooFewPredictedError as error:
@@ -148,6 +167,15 @@ def evaluate(
             console.print(f"not judged: {failure}", style="yellow")
         for failure in result.mask_failures:
             console.print(f"not in the pixel metrics: {failure}", style="yellow")
-    console.print(f"tables{' and report.html' if report else ''} are in {output}")
+    console.print(f"tables{' and report.html' if report else ''} are in {folder.path}")
     if any(result.failures or result.mask_failures for result in results):
         raise typer.Exit(1)
+
+
+def _how(settings: EvaluationSettings) -> str:
+    """How a model was measured, for its card."""
+    at_own_size = not settings.at_model_size and not settings.is_reference
+    size = "the pictures' own size" if at_own_size else "the model's size"
+    described = settings.described()
+    tiles = "" if settings.tiling is None else f", in tiles of {settings.tiling.tile_size} pixels"
+    return f"protocol {settings.protocol}, at {size}{tiles}, in {described['dtype']}"

@@ -11,8 +11,8 @@ from PIL import Image
 from ..files.output_folder import OutputFolder
 from ..image_processor import DiffusionADImageProcessor
 from ..metrics import METRIC_NAMES
-from .measuring import CategoryResult
 from .report_page import CategoryReport, GalleryImage, choose_gallery, write_report
+from .results import CategoryResult
 from .tables import cost
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from ..files.output_folder import OutputFolder
 from ..metrics import METRIC_NAMES, mean_metrics
-from .measuring import CategoryResult
+from .results import CategoryResult
 
 MEAN = "mean"
 TABLES = ("results.md", "results.json", "results.csv", "scores.csv")

@@ -15,6 +15,7 @@ from ..data.loading import Doubt, load_anomaly_dataset
 from ..data.masks import check_mask_size, read_mask
 from ..files.output_folder import sha256_of
 from ..images.files import MAX_PIXELS, open_cell, shown
+from ..images.pixels import MAX_ASPECT_RATIO
 
 
 class TestImages:
@@ -25,15 +26,22 @@ class TestImages:
         category: whose pictures.
         max_pixels: pictures and masks of more are refused before they are decoded.
         doubts: about masks of this category.
+        max_aspect_ratio: longer pictures are refused too; infinity where they are cut into tiles.
     """
 
     __test__ = False  # pytest takes it for a test
 
     def __init__(
-        self, split: datasets.Dataset, category: str, max_pixels: int = MAX_PIXELS, doubts: Sequence[Doubt] = ()
+        self,
+        split: datasets.Dataset,
+        category: str,
+        max_pixels: int = MAX_PIXELS,
+        doubts: Sequence[Doubt] = (),
+        max_aspect_ratio: float = MAX_ASPECT_RATIO,
     ) -> None:
         self.category = category
         self.max_pixels = max_pixels
+        self.max_aspect_ratio = max_aspect_ratio
         self.left_out = [doubt.sentence for doubt in doubts if doubt.left_out]
         self.unclear_masks = [doubt.sentence for doubt in doubts if not doubt.left_out]
         rows = split.select([index for index, name in enumerate(split["category"]) if name == category])
@@ -64,7 +72,8 @@ class TestImages:
 
     def image(self, index: int) -> Image.Image:
         """Decoded; raises ImageFileError."""
-        return open_cell(self.cells[index]["image"], self.paths[index], max_pixels=self.max_pixels)
+        cell = self.cells[index]["image"]
+        return open_cell(cell, self.paths[index], max_pixels=self.max_pixels, max_aspect_ratio=self.max_aspect_ratio)
 
     def mask(self, index: int, size: tuple[int, int]) -> np.ndarray | None:
         """Booleans `[h, w]`: nothing for a good picture; None where nobody marked the defect of a defective one, so
@@ -87,14 +96,17 @@ class TestImages:
 
 
 def load_test_images(
-    data: str | os.PathLike[str], category: str | None, max_pixels: int = MAX_PIXELS
+    data: str | os.PathLike[str],
+    category: str | None,
+    max_pixels: int = MAX_PIXELS,
+    max_aspect_ratio: float = MAX_ASPECT_RATIO,
 ) -> list[TestImages]:
     """The test pictures of each category that has some.
 
     Args:
         data: any layout of [`load_anomaly_dataset`].
         category: one category, `"all"`, or None where `data` holds only one.
-        max_pixels: as of [`TestImages`].
+        max_pixels, max_aspect_ratio: as of [`TestImages`].
 
     Raises:
         ValueError: names what is missing.
@@ -108,4 +120,4 @@ def load_test_images(
     if untested:
         warnings.warn(f"without test pictures, and so not measured: {', '.join(untested)}", stacklevel=1)
     doubted = {name: [doubt for doubt in doubts if doubt.category == name and doubt.split == "test"] for name in tested}
-    return [TestImages(splits["test"], name, max_pixels, doubted[name]) for name in sorted(tested)]
+    return [TestImages(splits["test"], name, max_pixels, doubted[name], max_aspect_ratio) for name in sorted(tested)]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluation.measuring import CategoryResult
+from ..evaluation.results import CategoryResult
 from ..evaluation.tables import markdown_table
 from .model_card import require_section, write_results
 
