@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusionad_pipe import DiffusionADPipeline
-from diffusionad_pipe.files.output_folder import write_file
+from diffusionad_pipe.files.single_files import write_file
 
 GIB = 2**30
 PRESETS = ("tiny", "small", "base", "paper")

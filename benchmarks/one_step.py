@@ -21,7 +21,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from tqdm.auto import tqdm
 
 from diffusionad_pipe import DiffusionADPipeline, find_images, open_image
-from diffusionad_pipe.files.output_folder import write_file
+from diffusionad_pipe.files.single_files import write_file
 
 
 @torch.inference_mode()

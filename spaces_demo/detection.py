@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from server_disk import written_for_visitor
 
 from diffusionad_pipe import open_image
-from diffusionad_pipe.files.output_folder import safe_name
+from diffusionad_pipe.files.names import safe_name
 from diffusionad_pipe.images.files import OR_RAISE_MAX_PIXELS
 
 if TYPE_CHECKING:

@@ -35,7 +35,8 @@ from torch.utils.data import DataLoader, Subset
 
 from diffusionad_pipe import DiffusionADPipeline, DiffusionADUNet2DModel, SegmentationUNet2DModel
 from diffusionad_pipe.evaluation.calibration import Validation, smallest_rate, validate
-from diffusionad_pipe.files.output_folder import OutputError, OutputFolder
+from diffusionad_pipe.files.output_error import OutputError
+from diffusionad_pipe.files.output_folder import OutputFolder
 from diffusionad_pipe.freed_memory import keep_freed_memory
 from diffusionad_pipe.hub.model_card import write_model_card
 from diffusionad_pipe.hub.push import push_model

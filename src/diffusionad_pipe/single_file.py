@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from .files.output_folder import write_file
+from .files.single_files import write_file
 from .scheduling_norm_guided_one_step import NormGuidedOneStepScheduler
 from .unet_2d_diffusionad import DiffusionADUNet2DModel, paper_unet_config
 from .unet_2d_segmentation import SegmentationUNet2DModel

@@ -30,6 +30,7 @@ SAID_BY = {
     "evaluation/predicting": "evaluate",
     "evaluation/tables": "evaluate",
     "files/output_folder": "predict evaluate preview-synthesis export space",  # the others give it a name of their own
+    "files/single_files": "export preview-synthesis",
     "hub/model_card": "evaluate",
     "hub/model_card --output_dir": "train",
     "hub/results": "evaluate",

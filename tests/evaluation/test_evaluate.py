@@ -26,7 +26,8 @@ from diffusionad_pipe.evaluation.report import write_evaluation_report
 from diffusionad_pipe.evaluation.results import CategoryResult
 from diffusionad_pipe.evaluation.settings import EvaluationSettings
 from diffusionad_pipe.evaluation.tables import markdown_table, published_rows
-from diffusionad_pipe.files.output_folder import OutputError, OutputFolder
+from diffusionad_pipe.files.output_error import OutputError
+from diffusionad_pipe.files.output_folder import OutputFolder
 from diffusionad_pipe.metrics.exact import evaluate_maps, mean_metrics
 from tests.helpers.script_processes import run_ranks, run_script
 from tests.helpers.small_data import write_small_data

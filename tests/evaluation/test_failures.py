@@ -17,7 +17,9 @@ from diffusionad_pipe.data.loading import FEATURES, export_parquet, load_anomaly
 from diffusionad_pipe.evaluation.evaluate import evaluate, find_models
 from diffusionad_pipe.evaluation.report import write_evaluation_report
 from diffusionad_pipe.evaluation.settings import EvaluationSettings
-from diffusionad_pipe.files.output_folder import OutputFolder, safe_name, sha256_of
+from diffusionad_pipe.files.names import safe_name
+from diffusionad_pipe.files.output_folder import OutputFolder
+from diffusionad_pipe.files.record import sha256_of
 from tests.helpers.small_data import write_small_data
 
 

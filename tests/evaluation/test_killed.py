@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffusionad_pipe.files.output_folder import sha256_of
+from diffusionad_pipe.files.record import sha256_of
 from tests.helpers.script_processes import ScriptProcess, run_script
 from tests.helpers.small_data import write_small_data
 from tests.helpers.tiny_pipeline import build_tiny_pipeline

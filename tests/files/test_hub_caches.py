@@ -10,7 +10,7 @@ import pytest
 
 from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.data.loading import export_parquet, load_anomaly_dataset
-from diffusionad_pipe.files.output_folder import OutputError
+from diffusionad_pipe.files.output_error import OutputError
 from diffusionad_pipe.images.sources import find_rows
 from diffusionad_pipe.training.images import read_good_images
 from tests.helpers.script_processes import run_script

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.cli import app
-from diffusionad_pipe.files.output_folder import LONGEST_NAME, OutputFolder
+from diffusionad_pipe.files.names import LONGEST_NAME
+from diffusionad_pipe.files.output_folder import OutputFolder
 from tests.helpers.script_processes import ScriptProcess
 
 runner = CliRunner()

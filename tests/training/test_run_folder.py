@@ -14,7 +14,8 @@ import torch
 import yaml
 from PIL import Image
 
-from diffusionad_pipe.files.output_folder import PRIVATE, OutputFolder
+from diffusionad_pipe.files.output_folder import OutputFolder
+from diffusionad_pipe.files.record import PRIVATE
 from diffusionad_pipe.training import run_folder, run_images
 from diffusionad_pipe.training.config import TrainingConfig
 from diffusionad_pipe.training.images import ImageInputs, read_good_images

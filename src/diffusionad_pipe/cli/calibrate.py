@@ -8,7 +8,8 @@ from diffusers.utils import logging as diffusers_logging
 
 from ..evaluation.calibration import calibrate as calibrate_pipeline
 from ..evaluation.calibration import store_thresholds
-from ..files.output_folder import OutputError, edit_file, require_editable
+from ..files.output_error import OutputError
+from ..files.single_files import edit_file, require_editable
 from ..hub.model_card import describe_thresholds, write_thresholds
 from ..images.sources import find_files
 from ..runtime.batch_failures import TooFewPredictedError

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..files.output_folder import OwnProducts
+from ..files.record import OwnProducts
 from ..images.files import MAX_PIXELS, ImageFileError, PathLike, is_hidden, open_image, open_marks, search_folder, shown
 from ..images.pixels import oriented, read_pil
 from ..runtime.progress import tracked

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..files.output_folder import edit_file
+from ..files.single_files import edit_file
 from ..images.files import ImageFileError
 from ..images.sources import ImageSource
 from ..metrics.exact import evaluate_maps, f1_max

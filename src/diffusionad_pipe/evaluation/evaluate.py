@@ -12,7 +12,9 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..files.output_folder import OutputError, OutputFolder, safe_name
+from ..files.names import safe_name
+from ..files.output_error import OutputError
+from ..files.output_folder import OutputFolder
 from ..images.files import shown
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..runtime.acceleration import join_processes

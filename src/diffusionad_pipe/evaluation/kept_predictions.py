@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..files.output_folder import OutputFolder, safe_name, unique_names
+from ..files.names import safe_name, unique_names
+from ..files.output_folder import OutputFolder
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..data.loading import Doubt, load_anomaly_dataset
 from ..data.masks import check_mask_size, read_mask
-from ..files.output_folder import sha256_of
+from ..files.record import sha256_of
 from ..images.files import MAX_PIXELS, open_cell, shown
 from ..images.pixels import MAX_ASPECT_RATIO
 

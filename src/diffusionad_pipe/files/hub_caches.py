@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from huggingface_hub import constants
 
-from .output_folder import OutputError
+from .output_error import OutputError
 
 # What keeps a file from being written, also where the error does not say which.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

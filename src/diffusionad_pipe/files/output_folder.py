@@ -2,79 +2,29 @@
 
 Every file is recorded, by name and content, in the hidden folder `.diffusionad` beside it before it appears. So what
 this package may replace, delete, or leave out as no picture is known by that record, not by a pattern or a place.
-Nothing else in this package deletes or replaces a file.
+Nothing else in this package deletes or replaces a file, but for `single_files`.
 """
 
-import errno
-import hashlib
 import json
 import os
-import re
 import shutil
-import tempfile
 import time
-import unicodedata
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-PRIVATE = ".diffusionad"  # beside what it is about, so that both move together
-RECORD = "written.jsonl"
+from .names import is_inside
+from .output_error import OutputError, explained
+from .record import PRIVATE, RECORD, Content, append_whole, read_record, sha256_of
+
 RUN_SECONDS = 3.0  # a killed run's workers may live on for a moment, and hold its lock
 RECORD_SECONDS = 60.0  # for which a line is written to the record
 DAYS_IN_THE_MAKING = 2  # after which a single file's temporary folder is one that a kill left
 SUPERSEDED = 1000  # lines of contents that are no more, from which on the record is written anew
-
-LONGEST_NAME = 200  # bytes of a file's; file systems take 255, and other programs add endings of their own
-LONGEST_TEXT = 100  # of a name that came as text
-UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff/\\:*?"<>|]')
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
-
-CURES = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space",
-    errno.EFBIG: "free some space, or raise the limit of file sizes",
-    errno.ENAMETOOLONG: "choose an output folder with a shorter path",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another output folder",
-    errno.EEXIST: "a file stands where a folder is needed; choose another output folder",
-}
-
-
-class OutputError(OSError):
-    """Something cannot be written, or must not be; the message names it, the cause and the cure."""
-
-
-class Content(NamedTuple):
-    """What was written under a name.
-
-    Args:
-        size: in bytes; -1 for a file that grows, whose content is ours whatever it is.
-        modified: time of change in nanoseconds: the same one, and the size, spare reading the file again.
-        sha256: of the content.
-        writer: the command that wrote it.
-    """
-
-    size: int
-    modified: int
-    sha256: str
-    writer: str
-
-    def is_in(self, file: Path) -> bool:
-        """Whether a file has this content still."""
-        if self.size < 0:
-            return file.is_file()
-        try:
-            status = os.stat(file)
-            if status.st_size != self.size:
-                return False
-            return status.st_mtime_ns == self.modified or sha256_of(file) == self.sha256
-        except OSError:
-            return False
 
 
 class OutputFolder:
@@ -309,7 +259,7 @@ class OutputFolder:
             {
                 name: Content(-1, 0, "", self.writer) if growing else self._content(file)
                 for name, file in names.items()
-                if not any(UNSAFE.search(part) for part in file.relative_to(self.path).parts)
+                if is_inside(name)
             }
         )
 
@@ -360,7 +310,7 @@ class OutputFolder:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def _place(self, name: str) -> Path:
-        if not _is_inside(name):
+        if not is_inside(name):
             raise ValueError(f"{name!r} is no name for a file in an output folder")  # a fault of ours
         return self.path.joinpath(*PurePosixPath(name).parts)
 
@@ -402,181 +352,5 @@ class OutputFolder:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    @contextmanager
-    def _explained(self, place: Path) -> Iterator[None]:
-        try:
-            yield
-        except OutputError:
-            raise
-        except OSError as error:
-            # NumPy, which has written less than it wanted, gives no number.
-            cause = str(error) if error.errno is None else os.strerror(error.errno)
-            cure = CURES.get(error.errno or errno.ENOSPC, f"choose another {self.option}")
-            raise OutputError(f"{place} cannot be written ({cause}): {cure}") from error
-
-
-class OwnProducts:
-    """The records of all folders above some files, each read once: which of them this package wrote."""
-
-    def __init__(self) -> None:
-        self._records: dict[Path, dict[str, list[Content]]] = {}
-
-    def __contains__(self, file: str | os.PathLike[str]) -> bool:
-        return any(self._is_recorded(Path(path)) for path in {os.path.abspath(file), os.path.realpath(file)})
-
-    def _is_recorded(self, file: Path) -> bool:
-        for folder in file.parents:
-            if folder not in self._records:
-                self._records[folder] = read_record(folder)
-            record = self._records[folder]
-            contents = record.get(file.relative_to(folder).as_posix(), ()) if record else ()
-            if any(content.is_in(file) for content in reversed(contents)):
-                return True
-        return False
-
-
-def write_file(
-    path: str | os.PathLike[str], write: Callable[[Path], object], writer: str = "", option: str = "--output"
-) -> None:
-    """Write one file into a folder whose other files are not ours; arguments and errors as of [`OutputFolder`]."""
-    path = Path(os.path.abspath(path))
-    OutputFolder(path.parent, writer, option).write(path.name, write)
-
-
-def edit_file(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file anew that the user has asked to change, whoever wrote it: a model's card, say.
-
-    It is ours afterwards only if it was before. In the text, what is no Unicode is escaped.
-
-    Raises:
-        OutputError: when it cannot be written; it is as it was.
-    """
-    path = Path(os.path.abspath(path))
-    for parent in path.parents:
-        name = path.relative_to(parent).as_posix()
-        for writer in {content.writer for content in read_record(parent).get(name, ())}:
-            folder = OutputFolder(parent, writer, "folder")
-            if folder.owns(name):
-                folder.write_text(name, text)
-                return
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        cure = CURES.get(error.errno or errno.ENOSPC, "change the permissions of its folder")
-        raise OutputError(f"{path} cannot be written ({error.strerror or error}): {cure}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def require_editable(path: str | os.PathLike[str]) -> None:
-    """Fail before the work rather than after it, where [`edit_file`] would.
-
-    Raises:
-        OutputError: names the file.
-    """
-    try:
-        tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))).close()
-    except OSError as error:
-        cure = CURES.get(error.errno or errno.ENOSPC, "change the permissions of its folder")
-        raise OutputError(f"{path} cannot be written ({error.strerror or error}): {cure}") from error
-
-
-def safe_name(text: str, longest: int = LONGEST_TEXT) -> str:
-    """A name for a file or folder from a text of whatever origin: a category, a picture's name, a Hub id.
-
-    Args:
-        text: may hold slashes, `..`, control characters, half of a character, or nothing.
-        longest: bytes that the name may have.
-
-    Returns:
-        The text itself where every file system takes it; else what is left of it, with a hash of all of it, so that
-        different texts have different names.
-    """
-    name = UNSAFE.sub("_", text).strip(" ").lstrip(".").rstrip(". ")
-    if RESERVED.fullmatch(name):
-        name = f"_{name}"
-    if name == text and name and len(name.encode()) <= longest:
-        return name
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    # The end of a name tells more than its beginning; half a character is left out.
-    end = name.encode()[-(longest - len(digest) - 1) :].decode(errors="ignore")
-    return f"{end}-{digest}" if end else digest
-
-
-def folded(name: str) -> str:
-    """The same for names that some file system takes for one: of other case, or otherwise composed."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a relative name stays in its folder, on every system."""
-    parts = PurePosixPath(name).parts
-    return bool(parts) and not any(part == ".." or UNSAFE.search(part) for part in parts)
-
-
-def read_record(folder: Path) -> dict[str, list[Content]]:
-    """What [`OutputFolder.record`] says of a folder; of a line that a killed run did not end, nothing."""
-    try:
-        text = (folder / PRIVATE / RECORD).read_text(encoding="ascii")
-    except (OSError, ValueError):  # there is none, or it is not ours
-        return {}
-    record: dict[str, list[Content]] = {}
-    for line in text.splitlines():
-        try:
-            name, size, modified, sha256, writer = json.loads(line)
-            content = Content(int(size), int(modified), str(sha256), str(writer))
-        except (ValueError, TypeError):
-            continue
-        if _is_inside(str(name)):
-            record.setdefault(str(name), []).append(content)
-    return record
-
-
-def sha256_of(file: str | os.PathLike[str]) -> str:
-    """Of a file's content, as hexadecimal digits; raises OSError."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def append_whole(file: Path, text: str) -> None:
-    """Append to a file, or leave it as it was: half a line would hide the next one."""
-    with open(file, "ab") as opened:
-        end = opened.seek(0, os.SEEK_END)
-        try:
-            if end and not _ends_a_line(file):  # a killed run left half of one
-                opened.write(b"\n")
-            opened.write(text.encode("utf-8", "backslashreplace"))
-            opened.flush()
-        except OSError:
-            os.truncate(file, end)
-            raise
-
-
-def _ends_a_line(file: Path) -> bool:
-    with open(file, "rb") as opened:
-        opened.seek(-1, os.SEEK_END)
-        return opened.read(1) == b"\n"
-
-
-def unique_names(names: Iterable[str], endings: Iterable[str], is_taken: Callable[[str], Any]) -> list[str]:
-    """Names to begin files with, such that no file of one has the name of another's.
-
-    Args:
-        names: as they should be; may repeat.
-        endings: what is appended to a name, each a file of its own.
-        is_taken: whether a file's name cannot be had.
-
-    Returns:
-        The same names, in order, with a number where one of their files would have had a name that is taken.
-    """
-    endings, given, unique = list(endings), set[str](), []
-    for name in names:
-        candidate, number = name, 2
-        while any(folded(candidate + ending) in given or is_taken(candidate + ending) for ending in endings):
-            candidate, number = f"{name}-{number}", number + 1
-        given |= {folded(candidate + ending) for ending in endings}
-        unique.append(candidate)
-    return unique
+    def _explained(self, place: Path) -> AbstractContextManager[None]:
+        return explained(place, f"choose another {self.option}")

@@ -11,8 +11,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.calibration import smallest_rate
-from ..files.output_folder import OutputFolder, edit_file
+from ..files.output_folder import OutputFolder
 from ..files.shipped import find_shipped
+from ..files.single_files import edit_file
 from ..metrics import METRIC_NAMES
 
 NO_RESULTS = "Not measured on test pictures yet."

@@ -13,7 +13,8 @@ from pathlib import Path
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 
-from ..files.output_folder import OutputFolder, safe_name
+from ..files.names import safe_name
+from ..files.output_folder import OutputFolder
 from ..files.shipped import PACKAGE, find_shipped
 from ..image_processor import DiffusionADImageProcessor
 from ..images.files import MAX_PIXELS, ImageFileError, find_images, open_image

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 from PIL import Image, ImageFile
 
-from ..files.output_folder import OwnProducts
+from ..files.record import OwnProducts
 from .pillow_quirks import own_limits, without_long_texts
 from .pixels import MAX_ASPECT_RATIO, check_image, damaged, decode
 

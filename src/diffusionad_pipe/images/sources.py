@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
-from ..files.output_folder import LONGEST_NAME, OwnProducts, folded, safe_name, sha256_of
+from ..files.names import LONGEST_NAME, folded, safe_name
+from ..files.record import OwnProducts, sha256_of
 from .dataset_rows import load_rows
 from .files import ImageFileError, list_images, open_cell, open_image, search_folder, without_products
 from .pixels import MAX_ASPECT_RATIO

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..files.output_folder import OutputFolder, folded, unique_names
+from ..files.names import folded, unique_names
+from ..files.output_folder import OutputFolder
 from ..images.files import shown
 from ..images.sources import ImageSource, output_names
 

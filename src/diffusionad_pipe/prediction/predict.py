@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..files.output_folder import OutputError, OutputFolder
+from ..files.output_error import OutputError
+from ..files.output_folder import OutputFolder
 from ..image_processor import DiffusionADImageProcessor
 from ..images.files import MAX_PIXELS, ImageFileError, shown
 from ..images.pixels import MAX_ASPECT_RATIO

@@ -18,7 +18,9 @@ from ..data.layouts import REFERENCE_FOREGROUNDS
 from ..data.loading import load_anomaly_dataset
 from ..data.masks import read_matte
 from ..files.hub_caches import explained_caches
-from ..files.output_folder import OutputFolder, safe_name, sha256_of
+from ..files.names import safe_name
+from ..files.output_folder import OutputFolder
+from ..files.record import sha256_of
 from ..image_processor import DiffusionADImageProcessor
 from ..images.dataset_rows import load_rows
 from ..images.files import MAX_PIXELS, ImageFileError, find_images, open_cell, open_image, shown

@@ -15,7 +15,9 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from .. import DiffusionADPipeline
-from ..files.output_folder import PRIVATE, OutputError, OutputFolder, sha256_of
+from ..files.output_error import OutputError
+from ..files.output_folder import OutputFolder
+from ..files.record import PRIVATE, sha256_of
 from .config import TrainingConfig, changed_settings, to_plain
 from .images import FOREGROUNDS
 from .run_images import STORED as IMAGES
