@@ -41,13 +41,14 @@ def test_a_wheel_can_train_and_make_a_space(unpacked: Path, tmp_path: Path) -> N
     """Far from any checkout, with nothing of ours but the wheel."""
     package = unpacked / "diffusionad_pipe"
     names = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
-    assert {"model_card.md", "training/presets/small.yaml", "spaces_demo/app.py"} <= names
+    assert {"hub/model_card.md", "evaluation/published.yaml", "evaluation/report.html"} <= names
+    assert {"training/presets/small.yaml", "spaces_demo/app.py"} <= names
     assert "training/train.py" in names  # what evaluate.py beside it does, `diffusionad evaluate` does
-    assert not any(name.startswith(("training/data", "tests")) or "__pycache__" in name for name in names)
+    assert not any(name.startswith(("training/data/", "tests/")) or "__pycache__" in name for name in names)
     code = f"""
 from diffusionad_pipe import cli
-from diffusionad_pipe.files import shipped
-assert shipped.PACKAGE.samefile({str(package)!r})
+from diffusionad_pipe.hub import space_folder
+assert space_folder.PACKAGE.samefile({str(package)!r})
 cli.app(["space", {str(ROOT / "pretrained" / "hazelnut")!r}, "--output", "space"], standalone_mode=False)
 cli.app(["train", "--help"])
 """

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from ..files.output_folder import OutputFolder
-from ..files.shipped import find_shipped
 from ..images.files import IMAGE_SUFFIXES, MAX_PIXELS
 from .console import USER_ERRORS, fail, needed_packages, output_console
 from .options import MaxPixels
@@ -174,10 +173,10 @@ def train(context: typer.Context) -> None:
     diffusionad train --train_data_dir my_good_pictures --output_dir runs/mine
     diffusionad train --config my_settings.yaml --output_dir runs/mine --resume_from_checkpoint latest
     """
-    try:
-        script = find_shipped("training/train.py")
-    except FileNotFoundError as error:
-        fail(error)
+    package = Path(__file__).parents[1]
+    script = package / "training" / "train.py"  # in a wheel
+    if not script.is_file():
+        script = package.parents[1] / "training" / "train.py"  # in a checkout
     sys.path.insert(0, str(script.parent))
     with needed_packages():
         from ..training import dataset, plots  # noqa: F401

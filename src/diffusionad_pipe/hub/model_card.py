@@ -12,7 +12,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.calibration import smallest_rate
 from ..files.output_folder import OutputFolder
-from ..files.shipped import find_shipped
 from ..files.single_files import edit_file
 from ..metrics import METRIC_NAMES
 
@@ -214,7 +213,7 @@ def _fill(folder: str | os.PathLike[str], name: str, metadata: dict[str, Any], *
         model_name=title,
         **metadata,
     )
-    template = str(find_shipped("model_card.md"))
+    template = str(Path(__file__).with_name("model_card.md"))
     return ModelCard.from_template(
         card_data,
         template_path=template,

@@ -15,13 +15,13 @@ from packaging.requirements import Requirement
 
 from ..files.names import safe_name
 from ..files.output_folder import OutputFolder
-from ..files.shipped import PACKAGE, find_shipped
 from ..image_processor import DiffusionADImageProcessor
 from ..images.files import MAX_PIXELS, ImageFileError, find_images, open_image
 from ..loading import COMPONENTS, check_pipeline_folder
 from ..pipeline_diffusionad import DiffusionADPipeline
 
 NAME = "diffusionad_pipe"
+PACKAGE = Path(__file__).parents[1]
 HIGHEST_EXAMPLE_COUNT = 6
 # What a Space does not run, and what a wheel carries inside the package.
 LEFT_OUT = ("__pycache__", "textures", "training", "spaces_demo")
@@ -54,10 +54,13 @@ def write_space(
     source = Path(model if is_local else DiffusionADPipeline.download(os.fspath(model)))
     check_pipeline_folder(source)
     name = source.absolute().name if is_local else os.fspath(model).rpartition("/")[2]
+    space = PACKAGE / "spaces_demo"  # in a wheel
+    if not space.is_dir():
+        space = PACKAGE.parents[1] / "spaces_demo"  # in a checkout
 
     def write(path: Path) -> None:
         not_shown = shutil.ignore_patterns(*LEFT_OUT, *(["examples"] if examples else []))
-        shutil.copytree(find_shipped("spaces_demo"), path, ignore=not_shown, dirs_exist_ok=True)
+        shutil.copytree(space, path, ignore=not_shown, dirs_exist_ok=True)
         shutil.copytree(PACKAGE, path / NAME, ignore=shutil.ignore_patterns(*LEFT_OUT))
         embedded = path / "pretrained" / safe_name(name)
         embedded.mkdir(parents=True)
