@@ -199,7 +199,7 @@ class DiffusionADPipeline(LoadedFromFolderMixin, SingleFileMixin):
 
     def stream(
         self,
-        images: Iterable[ImageInput],
+        images: Iterable[ImageInput | Exception],
         *,
         batch_size: int | None = None,
         output_type: str = "pil",
@@ -242,7 +242,7 @@ class DiffusionADPipeline(LoadedFromFolderMixin, SingleFileMixin):
 
     def _stream(
         self,
-        images: Iterable[ImageInput],
+        images: Iterable[ImageInput | Exception],
         call: CallArguments,
         generator: torch.Generator | None,
         return_exceptions: bool,

@@ -13,8 +13,8 @@ from ..runtime.progress import silence_libraries
 from .calibrate import calibrate
 from .console import keep_writable
 from .evaluate import evaluate
-from .images import predict
 from .models import convert, export, info, push, space
+from .predict import predict
 from .training import check_data, preview_synthesis, train
 
 # Training writes its settings with underscores: both spellings are taken, so that they can be copied.

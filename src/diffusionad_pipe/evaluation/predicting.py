@@ -17,7 +17,7 @@ from ..image_processor import DiffusionADImageProcessor, ImageInput
 from ..images.files import ImageFileError
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..pipeline_output import DiffusionADPipelineOutput
-from ..prediction.predict import fingerprint
+from ..prediction.fingerprint import fingerprint
 from ..runtime.acceleration import explained_out_of_memory
 from ..runtime.progress import tracked
 from .kept_predictions import Prediction, StoredPredictions

@@ -1,70 +1,33 @@
-"""Judge pictures and write what belongs to each: a drawing, and the map and the mask where they are wanted."""
+"""Predict pictures and write what belongs to each, while the next are read."""
 
-import hashlib
-import json
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from enum import StrEnum
-from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from PIL import Image
 
 from ..files.output_error import OutputError
 from ..files.output_folder import OutputFolder
-from ..image_processor import DiffusionADImageProcessor
-from ..images.files import MAX_PIXELS, ImageFileError, shown
-from ..images.pixels import MAX_ASPECT_RATIO
+from ..images.files import ImageFileError, shown
 from ..images.sources import ImageSource
-from ..pipeline_diffusionad import DiffusionADPipeline, DiffusionADPipelineOutput
+from ..pipeline_diffusionad import DiffusionADPipeline
+from ..pipeline_output import DiffusionADPipelineOutput
+from ..runtime.acceleration import explained_out_of_memory
+from ..scoring import decide
+from .files import write_files
 from .folder import COLUMNS, Row
+from .settings import PredictionSettings
 
 
-class MapFormat(StrEnum):
-    """How anomaly maps are stored: 16-bit PNG (65535 is 1), or float32 NumPy."""
+class ReadImage(NamedTuple):
+    """A picture and the hash of what it was decoded from."""
 
-    png16 = "png16"
-    npy = "npy"
-
-
-class OutputFiles(NamedTuple):
-    """What is written for each picture.
-
-    Args:
-        panels: picture, reconstruction and heatmap side by side; else one overlay.
-        maps: also the anomaly map.
-        masks: also the predicted mask, a PNG with 255 where a pixel is defective; needs a pixel threshold.
-        max_pixels: pictures of more are refused before they are decoded.
-        max_aspect_ratio: longer ones are refused too.
-    """
-
-    panels: bool = False
-    maps: MapFormat | None = None
-    masks: bool = False
-    max_pixels: int = MAX_PIXELS
-    max_aspect_ratio: float = MAX_ASPECT_RATIO
-
-    @property
-    def endings(self) -> list[str]:
-        """Of the files that each picture has."""
-        maps = {None: [], MapFormat.png16: ["_map.png"], MapFormat.npy: ["_map.npy"]}[self.maps]
-        return [*maps, *(["_mask.png"] if self.masks else []), ".png"]
-
-
-def fingerprint(pipe: DiffusionADPipeline) -> str:
-    """A hash of a pipeline's weights and noise: predictions of equal ones are equal."""
-    digest = hashlib.sha256()
-    for network in (pipe.unet, pipe.segmentation):
-        for name, tensor in network.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    settings = {k: pipe.config[k] for k in ("image_size", "score_top_k", "noise_seed")}
-    digest.update(json.dumps([settings, dict(pipe.scheduler.config)], sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    image: Image.Image
+    sha256: str
 
 
 def predict_images(
@@ -72,71 +35,63 @@ def predict_images(
     sources: Sequence[ImageSource],
     names: Mapping[str, str],
     folder: OutputFolder,
-    drawings: OutputFiles,
-    batch_size: int,
-) -> list[Row]:
-    """Judge some pictures in one pass of the networks, and write their files. It depends on nothing else, so processes
-    can share a list of pictures among them.
+    settings: PredictionSettings,
+) -> Iterator[list[Row]]:
+    """Predict pictures and write their files. It depends on nothing else, so processes can share a list of pictures.
 
     Args:
-        pipe: with its thresholds.
-        sources: the pictures.
+        pipe: with its thresholds and tiling.
+        sources: the pictures; those of a batch follow each other.
         names: name of a picture → the name that its files begin with.
         folder: where they go.
-        drawings: what they are.
-        batch_size: at least the number of pictures; with tiling, of tiles in one pass.
+        settings: what they are.
 
-    Returns:
-        A row each picture, in order; what could not be read, judged or written has an error instead of a decision.
-    """
-    rows: dict[str, Row] = {}
-    images: dict[str, Image.Image] = {}
-    started = time.perf_counter()
-    for source in sources:
-        row = dict.fromkeys(COLUMNS) | {"path": source.name, "threshold": pipe.config.image_threshold}
-        rows[source.name] = row | {"output": names[source.name]}
-        try:
-            images[source.name], rows[source.name]["sha256"] = _read(source, drawings)
-        except ImageFileError as error:
-            rows[source.name]["error"] = str(error)
-
-    places = {source.name: source.place for source in sources}
-    for name, result in _detect(pipe, images, batch_size):
-        try:
-            if isinstance(result, ValueError):
-                raise ImageFileError(f"{shown(name)}: {result}")
-            score = float(result.anomaly_scores[0])
-            threshold = pipe.config.image_threshold
-            decision = None if threshold is None else ("defective" if score > threshold else "good")
-            title = f"{shown(places[name].name)}: {decision or 'score'} {score:.3f}"
-            _write(images.pop(name), result, folder, names[name], drawings, title)
-            rows[name] |= {"score": score, "decision": decision}
-        except (ImageFileError, OutputError) as error:
-            rows[name]["error"] = str(error)
-    seconds = (time.perf_counter() - started) / len(sources)
-    for row in rows.values():
-        if not row["error"]:
-            row["seconds"] = round(seconds, 4)
-    return list(rows.values())
-
-
-def _read(source: ImageSource, drawings: OutputFiles) -> tuple[Image.Image, str]:
-    """A picture, and the hash of what it was decoded from.
+    Yields:
+        The rows of a batch, one each picture, in order; what could not be read, predicted or written has an error
+        instead of a decision.
 
     Raises:
-        ImageFileError: for a picture that cannot be used, or that somebody writes just now.
+        MemoryError: names the option to change.
     """
-    before = _state(source.file)
-    image = source.read(drawings.max_pixels, drawings.max_aspect_ratio)
+    # From the thread that reads to here, where the files are written.
+    waiting: deque[ReadImage | ImageFileError] = deque()
+
+    def read() -> Iterator[Image.Image | Exception]:
+        for source in sources:
+            found = read_image(source, settings)
+            waiting.append(found)
+            yield found.image if isinstance(found, ReadImage) else found
+
+    outputs = pipe.stream(read(), batch_size=settings.batch_size, output_type="np", return_exceptions=True)
+    pairs = zip(sources, outputs)
+    while True:
+        started = time.perf_counter()
+        with explained_out_of_memory(f"--batch-size {settings.batch_size}", "a lower one; what is done is kept"):
+            rows = [
+                _row(source, waiting.popleft(), output, names[source.name], folder, settings, pipe.config)
+                for source, output in islice(pairs, settings.batch_size)
+            ]
+        if not rows:
+            return
+        seconds = (time.perf_counter() - started) / len(rows)
+        yield [row | {"seconds": None if row["error"] else round(seconds, 4)} for row in rows]
+
+
+def read_image(source: ImageSource, settings: PredictionSettings) -> ReadImage | ImageFileError:
+    """Read a picture, unless somebody writes it just now; or why it cannot be used."""
     try:
-        sha256 = source.sha256()
-    except OSError as error:
-        raise ImageFileError(
-            f"{shown(source.name)}: the file cannot be read ({error.strerror}); check the path"
-        ) from error
-    if _state(source.file) != before:
-        raise ImageFileError(f"{shown(source.name)}: the file was changed while it was read; judge it again")
-    return image, sha256
+        before = _state(source.file)
+        image = source.read(settings.max_pixels, settings.max_aspect_ratio)
+        try:
+            sha256 = source.sha256()
+        except OSError as error:
+            cause = f"the file cannot be read ({error.strerror}); check the path"
+            raise ImageFileError(f"{shown(source.name)}: {cause}") from error
+        if _state(source.file) != before:
+            raise ImageFileError(f"{shown(source.name)}: the file was changed while it was read; predict it again")
+    except ImageFileError as error:
+        return error
+    return ReadImage(image, sha256)
 
 
 def _state(file: Path | None) -> tuple[int, int] | None:
@@ -147,46 +102,28 @@ def _state(file: Path | None) -> tuple[int, int] | None:
     return None if status is None else (status.st_size, status.st_mtime_ns)
 
 
-def _detect(
-    pipe: DiffusionADPipeline, images: Mapping[str, Image.Image], batch_size: int
-) -> Iterator[tuple[str, DiffusionADPipelineOutput | ValueError]]:
-    """The output of each picture, at its own size and one at a time, or the error that belongs to it."""
-    done: set[str] = set()
-    try:
-        for name, output in zip(
-            list(images), pipe.stream(list(images.values()), batch_size=batch_size, output_type="np")
-        ):
-            done.add(name)
-            yield name, output
-    except ValueError:  # the networks gave NaN for one of them: which, a call of its own tells
-        for name in [name for name in images if name not in done]:
-            try:
-                yield name, pipe(images[name], batch_size=batch_size, output_type="np")
-            except ValueError as error:
-                yield name, error
-
-
-def _write(
-    image: Image.Image,
-    result: DiffusionADPipelineOutput,
-    folder: OutputFolder,
+def _row(
+    source: ImageSource,
+    read: ReadImage | ImageFileError,
+    output: DiffusionADPipelineOutput | Exception,
     name: str,
-    drawings: OutputFiles,
-    title: str,
-) -> None:
-    """Write the files of one picture, the drawing last."""
-    anomaly_map = result.anomaly_maps[0, ..., 0]  # [h, w]
-    mask = None if result.predicted_masks is None else result.predicted_masks[0, ..., 0]
-    if drawings.maps is MapFormat.png16:
-        map_16 = Image.fromarray((anomaly_map * 65535).round().astype(np.uint16))
-        folder.write(f"{name}_map.png", map_16.save)
-    elif drawings.maps is MapFormat.npy:
-        folder.write(f"{name}_map.npy", partial(np.save, arr=anomaly_map))
-    if drawings.masks and mask is not None:
-        folder.write(f"{name}_mask.png", Image.fromarray(mask.astype(np.uint8) * 255).save)
-    processor = DiffusionADImageProcessor(max_aspect_ratio=drawings.max_aspect_ratio)
-    if drawings.panels:
-        drawing = processor.panel(image, result.reconstructions[0], anomaly_map, mask, title=title)
-    else:
-        drawing = processor.visualize_anomaly_map(image, anomaly_map, mask)
-    folder.write(f"{name}.png", drawing.save)
+    folder: OutputFolder,
+    settings: PredictionSettings,
+    config: Any,
+) -> Row:
+    """The row of a picture, once its files are written."""
+    row = dict.fromkeys(COLUMNS) | {"path": source.name, "threshold": config.image_threshold, "output": name}
+    try:
+        if isinstance(read, ImageFileError):
+            raise read
+        row["sha256"] = read.sha256
+        if isinstance(output, Exception):
+            raise ImageFileError(f"{shown(source.name)}: {output}")
+        score = float(output.anomaly_scores[0])
+        decision = decide(score, config.image_threshold)
+        title = f"{shown(source.place.name)}: {decision or 'score'} {score:.3f}"
+        write_files(read.image, output, folder, name, settings, title)
+        row |= {"score": score, "decision": decision}
+    except (ImageFileError, OutputError) as error:
+        row["error"] = str(error)
+    return row

@@ -1,12 +1,10 @@
 """The command that finds defects in pictures."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from functools import partial
-from math import inf
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from accelerate import PartialState
@@ -15,13 +13,11 @@ from diffusers.utils import logging as diffusers_logging
 
 from ..files.output_folder import OutputFolder
 from ..images.files import shown
-from ..images.pixels import MAX_ASPECT_RATIO
 from ..images.sources import ImageSource, find_files, find_rows, watch_folders
-from ..pipeline_diffusionad import DiffusionADPipeline
-from ..prediction.folder import PredictionFolder, Row, append_share, even_shares
-from ..prediction.predict import MapFormat, OutputFiles, fingerprint, predict_images
-from ..runtime.acceleration import explained_out_of_memory, join_processes
-from ..runtime.progress import ProgressBar
+from ..prediction.folder import PredictionFolder, Row
+from ..prediction.rounds import PredictionRun
+from ..prediction.settings import MapFormat, PredictionSettings
+from ..runtime.acceleration import join_processes
 from .console import USER_ERRORS, Console, fail, needed_packages, output_console
 from .options import (
     BatchSize,
@@ -108,90 +104,98 @@ def predict(
         console.quiet = not state.is_main_process
         if watch and state.num_processes > 1:
             raise ValueError("--watch is for one process: start it without accelerate launch")
-        for option, value in (("--threshold", threshold), ("--pixel-threshold", pixel_threshold)):
-            if value is not None and not 0 <= value <= 1:  # NaN too
-                raise ValueError(f"{option} {value:g} must lie between 0 and 1, as scores do")
-        tiling = chosen_tiling(tile_size, tile_overlap)
+        settings = PredictionSettings(
+            image_threshold=threshold,
+            pixel_threshold=pixel_threshold,
+            batch_size=batch_size,
+            panels=panels,
+            maps=maps,
+            masks=masks,
+            parquet=parquet,
+            tiling=chosen_tiling(tile_size, tile_overlap),
+            max_pixels=max_pixels,
+        )
         sources = _find_sources(images or [], dataset, split, image_column, watch)
         pipe = load_pipeline(model, device, dtype)
-        if tiling is not None:
-            pipe.enable_tiling(*tiling)
-        thresholds = {"image_threshold": threshold, "pixel_threshold": pixel_threshold}
-        pipe.register_to_config(**{name: value for name, value in thresholds.items() if value is not None})
+        settings.apply_to(pipe, model)
         if fail_on_defect and pipe.config.image_threshold is None:
             raise ValueError(f"{model} has no threshold to decide by: calibrate it, or give --threshold")
-        if masks and pipe.config.pixel_threshold is None:
-            raise ValueError(f"{model} has no pixel threshold for masks: calibrate it, or give --pixel-threshold")
-        settings = {
-            "model": fingerprint(pipe), "threshold": pipe.config.image_threshold,
-            "pixel-threshold": pipe.config.pixel_threshold, "panels": panels, "maps": maps, "masks": masks,
-            "dtype": str(pipe.unet.dtype).removeprefix("torch."), "tiling": pipe.tiling and list(pipe.tiling),
-        }  # fmt: skip
-        # Tiles are square, whatever the shape of the whole.
-        ratio = MAX_ASPECT_RATIO if tiling is None else inf
-        drawings = OutputFiles(panels, maps, masks, max_pixels, ratio)
         folder = OutputFolder(output, "predict")
+        with ExitStack() as stack:
+            results = None
+            if state.is_main_process:
+                kept_with = settings.kept_with(pipe)
+                results = PredictionFolder(stack.enter_context(folder), kept_with, settings.endings, overwrite)
+            run = PredictionRun(pipe, settings, folder, results)
+            rounds = watch_folders([Path(name) for name in images or []]) if watch else [sources]
+            ended = _predict(run, rounds, console, each=watch)
     except USER_ERRORS as error:
         fail(error)
-
-    results, failure, interrupted = None, None, False
-    asked_for: dict[str, None] = {}
-    with ExitStack() as stack:
-        try:
-            if state.is_main_process:
-                results = PredictionFolder(stack.enter_context(folder), settings, drawings.endings, overwrite)
-        except USER_ERRORS as error:
-            fail(error)
-        store = results.add if results is not None else partial(append_share, folder, state.process_index)
-        rounds: Iterable[list[ImageSource]] = (
-            watch_folders([Path(name) for name in images or []]) if watch else [sources]
+    if ended.failure is not None:
+        fail(ended.failure, 1)
+    if ended.rows is None:  # another process has the table
+        raise typer.Exit(130 if ended.interrupted else 0)
+    _print_table(ended.rows, output, console)
+    if ended.interrupted and not watch:
+        console.print(
+            f"interrupted: {len(ended.rows)} of {ended.asked_for} pictures are done; the same command goes on"
         )
-        try:
-            for found in rounds:
-                asked_for |= dict.fromkeys(source.name for source in found)
-                todo, names = found, {}
-                if results is not None:
-                    todo = [source for source in found if not results.is_done(source)]
-                    names = results.name_outputs(todo)
-                if state.num_processes > 1:
-                    # All have found the same, but the others may see drawings that are already being written anew.
-                    wanted, names = broadcast_object_list([{source.name for source in todo}, names])
-                    todo = [source for source in found if source.name in wanted]
-                if len(todo) < len(found):
-                    console.print(
-                        f"{len(found) - len(todo)} of {len(found)} pictures were judged before with this model and "
-                        "these settings, and are skipped"
-                    )
-                if todo:
-                    _predict_share(pipe, todo, names, folder, store, drawings, batch_size, console, each=watch)
-                if watch and todo and results is not None:
-                    results.write_tables(int(parquet))
-            state.wait_for_everyone()
-            if results is not None:
-                results.take_shares()
-        except KeyboardInterrupt:
-            interrupted = True
-        except USER_ERRORS as error:
-            failure = error
-        if results is not None:  # what is done is written, whatever happened
-            results.order(asked_for)
-            try:
-                results.write_tables(state.num_processes if parquet else 0)
-            except OSError as error:
-                failure = failure or error
-    if failure is not None:
-        fail(failure, 1)
-    if results is None:
-        raise typer.Exit(130 if interrupted else 0)
-    rows = [results.rows[name] for name in asked_for if name in results.rows]
-    _print_table(rows, output, console)
-    if interrupted and not watch:
-        console.print(f"interrupted: {len(rows)} of {len(asked_for)} pictures are done; the same command goes on")
         raise typer.Exit(130)
-    if not rows or any(row["error"] for row in rows):
+    if not ended.rows or any(row["error"] for row in ended.rows):
         raise typer.Exit(1)
-    if fail_on_defect and any(row["decision"] == "defective" for row in rows):
+    if fail_on_defect and any(row["decision"] == "defective" for row in ended.rows):
         raise typer.Exit(3)
+
+
+class Ended(NamedTuple):
+    """How a run of predictions ended.
+
+    Args:
+        asked_for: number of the pictures that were found.
+        rows: of those of them that are done; None in a process that has no table.
+        failure: what ended it before its time.
+        interrupted: whether that was Ctrl-C.
+    """
+
+    asked_for: int
+    rows: list[Row] | None
+    failure: Exception | None
+    interrupted: bool
+
+
+def _predict(run: PredictionRun, rounds: Iterable[Sequence[ImageSource]], console: Console, each: bool) -> Ended:
+    """Predict, and write the tables of what is done, whatever happens meanwhile."""
+    asked_for: dict[str, None] = {}
+
+    def begun(found: Sequence[ImageSource], todo: Sequence[ImageSource]) -> None:
+        asked_for.update(dict.fromkeys(source.name for source in found))
+        if len(todo) < len(found):
+            console.print(
+                f"{len(found) - len(todo)} of {len(found)} pictures were judged before with this model and these "
+                "settings, and are skipped"
+            )
+
+    def done(row: Row) -> None:
+        verdict = row["error"] or f"{shown(row['path'])}: {row['score']:.4f} {row['decision'] or 'no threshold'}"
+        console.print(verdict, style="yellow" if row["error"] else STYLES[row["decision"]])
+
+    failure: Exception | None = None
+    interrupted = False
+    try:
+        run.predict_rounds(rounds, begun, done if each else None)
+    except KeyboardInterrupt:
+        interrupted = True
+    except USER_ERRORS as error:
+        failure = error
+    if run.results is None:
+        return Ended(len(asked_for), None, failure, interrupted)
+    run.results.order(asked_for)
+    try:
+        run.results.write_tables(PartialState().num_processes if run.settings.parquet else 0)
+    except OSError as error:
+        failure = failure or error
+    rows = [run.results.rows[name] for name in asked_for if name in run.results.rows]
+    return Ended(len(asked_for), rows, failure, interrupted)
 
 
 def _find_sources(
@@ -211,39 +215,6 @@ def _find_sources(
     if PartialState().is_main_process:  # which alone has the standard input; and a folder may change meanwhile
         found = find_files(images, None if sys.stdin is None else sys.stdin.buffer)
     return broadcast_object_list([found])[0]
-
-
-def _predict_share(
-    pipe: DiffusionADPipeline,
-    sources: Sequence[ImageSource],
-    names: Mapping[str, str],
-    folder: OutputFolder,
-    store: Callable[[Sequence[Row]], None],
-    drawings: OutputFiles,
-    batch_size: int,
-    console: Console,
-    each: bool,
-) -> None:
-    """Judge this process's share of the pictures batch by batch; with `each` a line is printed for every one.
-
-    Batches are the same for any number of processes, since in batches of other sizes the last bits of scores differ.
-    """
-    state = PartialState()
-    starts = range(0, len(sources), batch_size)
-    share = even_shares(len(starts), state.num_processes)[state.process_index]
-    total = min(len(share) * batch_size, len(sources))
-    with ProgressBar(total, "predicting", "picture", shown=state.is_main_process and not each) as bar:
-        for start in starts[share.start : share.stop]:
-            batch = sources[start : start + batch_size]
-            with explained_out_of_memory(f"--batch-size {batch_size}", "a lower one; what was judged is kept"):
-                rows = predict_images(pipe, batch, names, folder, drawings, batch_size)
-            store(rows)
-            bar.update(len(batch))
-            for row in rows if each else ():
-                verdict = (
-                    row["error"] or f"{shown(row['path'])}: {row['score']:.4f} {row['decision'] or 'no threshold'}"
-                )
-                console.print(verdict, style="yellow" if row["error"] else STYLES[row["decision"]])
 
 
 def _print_table(rows: Sequence[Row], output: Path, console: Console) -> None:
