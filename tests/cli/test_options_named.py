@@ -47,7 +47,7 @@ SAID_BY = {
     "cli/options load_pipeline": "predict calibrate",
     "cli/evaluate": "evaluate",
     "cli/calibrate": "calibrate",
-    "cli/options chosen_tiling": "predict evaluate",
+    "cli/options chosen_tiling": "predict evaluate calibrate",
     "cli/training TRAIN_DESCRIPTION": "train",
 }
 SCRIPTS = {"train": "train", "evaluate": "evaluate"}

@@ -11,6 +11,7 @@ from diffusionad_pipe.evaluation.calibration import (
     smallest_rate,
     split_held_out,
 )
+from diffusionad_pipe.evaluation.pixel_levels import PixelLevels
 
 
 def test_held_out_pictures_are_spread_evenly() -> None:
@@ -75,3 +76,22 @@ def test_few_pictures_use_the_pixels_quantile_or_the_best_f1() -> None:
     maps[masks] = 0.0
     expected = np.quantile(maps[:2], 0.99)
     assert calibrate_pixel_threshold(maps, masks, labels, 0.01) == pytest.approx(expected)
+
+
+def test_levels_give_the_threshold_that_all_pixels_together_would() -> None:
+    generator = np.random.default_rng(3)
+    maps = [generator.beta(0.5, 3, size=(40, 50)).astype(np.float32) for _ in range(30)]
+    levels = PixelLevels()
+    for anomaly_map in maps:
+        levels.add(anomaly_map)
+    ordered = np.sort(np.stack(maps), axis=None)
+    for share in (0.02, 0.1, 0.5):
+        exact = ordered[-round(share * ordered.size) - 1]
+        assert exact <= levels.threshold(share) <= exact * (1 + 2**-15)
+        assert np.mean([(one > levels.threshold(share)).mean() for one in maps]) <= share
+    # A map of a hundred times the pixels counts as one of few does.
+    levels.add(np.full((400, 500), 0.999, dtype=np.float32))
+    assert levels.threshold(0.5) < 0.5 and levels.threshold(1 / 40) == pytest.approx(0.999, abs=1e-4)
+    full = PixelLevels()
+    full.add(np.array([[-0.0, 1.0]], dtype=np.float32))
+    assert full.threshold(0) == 1.0 and full.threshold(0.5) < 1e-37

@@ -14,7 +14,7 @@ from ..hub.model_card import describe_thresholds, write_thresholds
 from ..images.sources import find_files
 from ..runtime.batch_failures import TooFewPredictedError
 from .console import USER_ERRORS, fail, output_console
-from .options import BatchSize, Device, MaxPixels, load_pipeline
+from .options import BatchSize, Device, MaxPixels, TileOverlap, TileSize, chosen_tiling, load_pipeline
 
 
 def calibrate(
@@ -24,6 +24,8 @@ def calibrate(
         float, typer.Option(help="Share of good pictures that may be called defective, between 0 and 1.")
     ] = 0.01,
     batch_size: BatchSize = 8,
+    tile_size: TileSize = None,
+    tile_overlap: TileOverlap = None,
     device: Device = None,
     max_pixels: MaxPixels = 100_000_000,
 ) -> None:
@@ -31,6 +33,9 @@ def calibrate(
 
     The model must not have been trained on them. Both thresholds go into the model's folder, and into its card. With n
     pictures a rate of 1 / (n + 1) can be promised: 1 % takes 99 of them; the same picture again counts for nothing.
+    With --tile-size the thresholds come from whole pictures in tiles, at the size that was cut, and hold for such: they
+    are for predictions with the same tiles, as the card then says, and nothing checks it.
+
     Exit code: 0, 1 if a picture could not be judged, 2 for wrong usage or too few pictures.
 
     \b
@@ -44,8 +49,12 @@ def calibrate(
         if not model.is_dir():
             raise ValueError(f"{model} is no folder: give that of a pipeline, into which the thresholds are written")
         require_editable(model / "model_index.json")
+        tiling = chosen_tiling(tile_size, tile_overlap)
+        pipe = load_pipeline(str(model), device)
+        if tiling is not None:
+            pipe.enable_tiling(*tiling)
         result = calibrate_pipeline(
-            load_pipeline(str(model), device),
+            pipe,
             find_files(images),
             batch_size=batch_size,
             false_positive_rate=false_positive_rate,
@@ -60,9 +69,10 @@ def calibrate(
     for sentence in [*result.failures, *result.duplicates]:
         console.print(f"left out: {sentence}", style="yellow")
     count = result.image_count
-    text = describe_thresholds(
-        result.image_threshold, result.pixel_threshold, f"{count} good pictures", count, false_positive_rate
-    )
+    origin = f"{count} good pictures"
+    if pipe.tiling is not None:
+        origin += f" in tiles of {pipe.tiling.tile_size} pixels that share {pipe.tiling.overlap:g}"
+    text = describe_thresholds(result.image_threshold, result.pixel_threshold, origin, count, false_positive_rate)
     index = (model / "model_index.json").read_text(encoding="utf-8")
     try:
         store_thresholds(model, result.image_threshold, result.pixel_threshold)

@@ -14,7 +14,12 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... Default: a
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures in one pass of the networks.")]
 MaxPixels = Annotated[int, typer.Option(min=1, help="Refuse larger pictures before decoding.")]
 TileSize = Annotated[
-    int | None, typer.Option(min=1, help="Take larger pictures at their own size, in tiles with this side in pixels.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Take larger pictures at their own size, in tiles with this side in pixels. Thresholds hold for the tiles "
+        "that they were calibrated with.",
+    ),
 ]
 TileOverlap = Annotated[
     float | None, typer.Option(help="Share of a tile that the next one shares, below 1. Default: 0.25.")

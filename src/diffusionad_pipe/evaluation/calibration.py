@@ -7,21 +7,27 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..files.single_files import edit_file
-from ..images.files import ImageFileError
+from ..image_processor import DiffusionADImageProcessor
+from ..images.files import MAX_PIXELS, ImageFileError
+from ..images.pixels import MAX_ASPECT_RATIO
 from ..images.sources import ImageSource
 from ..metrics.exact import evaluate_maps, f1_max
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..runtime.acceleration import explained_out_of_memory
-from ..runtime.batch_failures import TooFewPredictedError, run_batch
+from ..runtime.batch_failures import TooFewPredictedError
 from ..runtime.progress import tracked
+from .pixel_levels import PixelLevels
+
+HASHED_ROWS = 256  # of a picture at once
 
 
 class Validation(NamedTuple):
@@ -100,6 +106,11 @@ def calibrate_image_threshold(scores: np.ndarray, labels: np.ndarray, false_posi
     return max(float(good[-1]), f1_max(labels, scores)[1])
 
 
+def _pixel_share(count: int, false_positive_rate: float) -> float:
+    """The share of their pixels that may lie above the threshold of `count` good pictures: (α (n + 1) − 1) / n."""
+    return false_positive_rate - (1 - false_positive_rate) / count
+
+
 def calibrate_pixel_threshold(
     maps: np.ndarray, masks: np.ndarray, labels: np.ndarray, false_positive_rate: float
 ) -> float:
@@ -116,10 +127,14 @@ def calibrate_pixel_threshold(
         false_positive_rate: α in (0, 1).
     """
     good = maps[labels == 0]
-    share = false_positive_rate - (1 - false_positive_rate) / len(good)  # (α (n + 1) − 1) / n
+    share = _pixel_share(len(good), false_positive_rate)
     if share >= 0:
         return float(np.quantile(good, 1 - share, method="higher"))
     return max(float(np.quantile(good, 1 - false_positive_rate)), f1_max(masks.ravel(), maps.ravel())[1])
+
+
+class _DuplicateError(ValueError):
+    """A picture that was there before."""
 
 
 def calibrate(
@@ -128,17 +143,18 @@ def calibrate(
     *,
     batch_size: int = 8,
     false_positive_rate: float = 0.01,
-    max_pixels: int = 100_000_000,
+    max_pixels: int = MAX_PIXELS,
 ) -> Calibration:
     """Set both thresholds from good pictures that the pipeline was not trained on.
 
-    Both are computed at the model's size; enlarging a map to its picture's size raises none of its levels. A picture
-    that is there twice, in whatever format, counts once: the same one again is no further evidence.
+    Both are computed at the model's size; enlarging a map to its picture's size raises none of its levels. With tiling
+    they come from the blended maps, at the size that was cut. A picture that is there twice, in whatever format, counts
+    once: the same one again is no further evidence.
 
     Args:
-        pipeline: in eval mode.
+        pipeline: in eval mode. Its thresholds are for the tiling that it has, or for whole pictures without.
         sources: the good pictures; of those that cannot be judged, nothing but a sentence comes back.
-        batch_size: pictures in one pass of the networks.
+        batch_size: pictures in one pass of the networks, or tiles.
         false_positive_rate: α in (0, 1), of good pictures and of their pixels.
         max_pixels: larger pictures are refused before they are decoded.
 
@@ -149,48 +165,73 @@ def calibrate(
         TooFewPredictedError: when there are too few pictures for α: fewer than 1 / α − 1 guarantee nothing.
     """
     _refuse_few(len(sources), false_positive_rate, [], [])
-    side = pipeline.config.image_size
     failures: list[str] = []
     duplicates: list[str] = []
-    names: dict[str, str] = {}  # hash of a picture -> its name
     maps: list[np.ndarray] = []
+    levels = None if pipeline.tiling is None else PixelLevels()  # maps of all sizes, too large to be held
     scores: list[float] = []
-
-    def predict(batch: Sequence[torch.Tensor]) -> list[tuple[np.ndarray, float]]:
-        with explained_out_of_memory(f"batch_size={len(batch)} (--batch-size)", "a lower one"):
-            output = pipeline(torch.cat(list(batch)), output_type="pt", batch_size=batch_size)
-        return list(zip(output.anomaly_maps[:, 0].cpu().numpy(), output.anomaly_scores.tolist()))
-
-    for start in tracked(range(0, len(sources), batch_size), "calibrating", "batch"):
-        batch: dict[str, torch.Tensor] = {}
-        for source in sources[start : start + batch_size]:
-            try:
-                image = pipeline.image_processor.preprocess(source.read(max_pixels), side, side)[0]
-            except ValueError as error:
-                named = isinstance(error, ImageFileError)
-                failures.append(str(error) if named else f"{source.name}: {error}")
-                continue
-            name = names.setdefault(hashlib.sha256(image.numpy().tobytes()).hexdigest(), source.name)
-            if name != source.name:
-                duplicates.append(f"{source.name}: the same picture as {name}")
+    outputs = pipeline.stream(
+        _read_each_once(sources, max_pixels, MAX_ASPECT_RATIO if pipeline.tiling is None else inf),
+        batch_size=batch_size,
+        output_type="np",
+        match_input_resolution=False,
+        return_exceptions=True,
+    )
+    with explained_out_of_memory(f"batch_size={batch_size} (--batch-size)", "a lower one"):
+        for output, source in tracked(zip(outputs, sources), "calibrating", "picture", total=len(sources)):
+            if isinstance(output, _DuplicateError):
+                duplicates.append(str(output))
+            elif isinstance(output, ImageFileError):
+                failures.append(str(output))
+            elif isinstance(output, Exception):
+                failures.append(f"{source.name}: {output}")
             else:
-                batch[name] = image
-        for name, result in zip(batch, run_batch(predict, list(batch.values())) if batch else ()):
-            if isinstance(result, ValueError):
-                failures.append(f"{name}: {result}")
-            else:
-                maps.append(result[0])
-                scores.append(result[1])
+                scores.append(float(output.anomaly_scores[0]))
+                if levels is None:
+                    maps.append(output.anomaly_maps[0, ..., 0])  # [S, S]
+                else:
+                    levels.add(output.anomaly_maps)
     _refuse_few(len(scores), false_positive_rate, failures, duplicates)
-    labels, stacked = np.zeros(len(scores)), np.stack(maps)  # [N], [N, S, S]
+    labels = np.zeros(len(scores))
+    if levels is None:
+        no_masks = np.zeros((len(maps), *maps[0].shape), dtype=bool)
+        pixel_threshold = calibrate_pixel_threshold(np.stack(maps), no_masks, labels, false_positive_rate)
+    else:
+        pixel_threshold = levels.threshold(max(_pixel_share(len(scores), false_positive_rate), 0))
     return Calibration(
         calibrate_image_threshold(np.array(scores), labels, false_positive_rate),
-        calibrate_pixel_threshold(stacked, np.zeros_like(stacked, dtype=bool), labels, false_positive_rate),
+        pixel_threshold,
         len(scores),
         false_positive_rate,
         failures,
         duplicates,
     )
+
+
+def _read_each_once(sources: Sequence[ImageSource], max_pixels: int, max_aspect_ratio: float) -> Iterator[Any]:
+    """Each picture as an array, or in its place the error of one that cannot be read or was there before."""
+    processor = DiffusionADImageProcessor(max_aspect_ratio=max_aspect_ratio)
+    names: dict[str, str] = {}  # hash of a picture's pixels → its name
+    for source in sources:
+        read: Any
+        try:
+            read = processor.decode(source.read(max_pixels, max_aspect_ratio))
+            name = names.setdefault(_pixel_hash(processor, read), source.name)
+            if name != source.name:
+                raise _DuplicateError(f"{source.name}: the same picture as {name}")
+        except ValueError as error:
+            read = error
+        yield read
+
+
+def _pixel_hash(processor: DiffusionADImageProcessor, array: Any) -> str:
+    """The sha256 of a picture's size and RGB floats, some rows after the other: the whole may be large."""
+    height, width = processor.size(array)
+    digest = hashlib.sha256(f"{height} x {width}".encode())
+    for top in range(0, height, HASHED_ROWS):
+        rows = processor.to_rgb(array, (top, 0, min(HASHED_ROWS, height - top), width))
+        digest.update(rows.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def store_thresholds(folder: str | os.PathLike[str], image_threshold: float, pixel_threshold: float) -> None:
