@@ -8,11 +8,11 @@ from diffusers.utils import logging as diffusers_logging
 
 from ..evaluation.calibration import calibrate as calibrate_pipeline
 from ..evaluation.calibration import store_thresholds
+from ..evaluation.too_few_predicted import TooFewPredictedError
 from ..files.output_error import OutputError
 from ..files.single_files import edit_file, require_editable
 from ..hub.model_card import describe_thresholds, write_thresholds
 from ..images.sources import find_files
-from ..runtime.batch_failures import TooFewPredictedError
 from .console import USER_ERRORS, fail, output_console
 from .options import BatchSize, Device, MaxPixels, TileOverlap, TileSize, chosen_tiling, load_pipeline
 

@@ -10,10 +10,10 @@ import typer
 from diffusers.utils import logging as diffusers_logging
 
 from ..evaluation.settings import EvaluationSettings
+from ..evaluation.too_few_predicted import TooFewPredictedError
 from ..files.output_error import OutputError
 from ..files.output_folder import OutputFolder
 from ..runtime.acceleration import find_device, join_processes
-from ..runtime.batch_failures import TooFewPredictedError
 from .console import USER_ERRORS, fail, needed_packages, output_console
 from .options import (
     BatchSize,

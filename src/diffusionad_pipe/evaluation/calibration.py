@@ -23,9 +23,9 @@ from ..images.sources import ImageSource
 from ..metrics.exact import evaluate_maps, f1_max
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..runtime.acceleration import explained_out_of_memory
-from ..runtime.batch_failures import TooFewPredictedError
 from ..runtime.progress import tracked
 from .pixel_levels import PixelLevels
+from .too_few_predicted import TooFewPredictedError
 
 HASHED_ROWS = 256  # of a picture at once
 

@@ -18,13 +18,13 @@ from ..files.output_folder import OutputFolder
 from ..images.files import shown
 from ..pipeline_diffusionad import DiffusionADPipeline
 from ..runtime.acceleration import join_processes
-from ..runtime.batch_failures import TooFewPredictedError
 from .kept_predictions import SETTINGS, StoredPredictions, name_predictions
 from .measuring import measure_category, require_stored
 from .predicting import predict_category
 from .results import CategoryResult, unmeasured
 from .settings import EvaluationSettings
 from .test_set import TestImages, load_test_images
+from .too_few_predicted import TooFewPredictedError
 
 
 def evaluate(
