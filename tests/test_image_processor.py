@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.tiny_images import HEIGHT, PIXELS, UNIT, WIDTH, read
+from diffusionad_pipe import DiffusionADImageProcessor
+from tests.helpers.tiny_images import HEIGHT, PIXELS, RNG, UNIT, WIDTH, read
 
 # Preprocessing: kinds and layouts
 
@@ -242,3 +243,27 @@ def test_tensors_on_a_gpu(processor):
     assert processor.postprocess(tensor, "np", [(5, 6)]).shape == (1, 5, 6, 1)
     mask = tensor[0] > 0.5
     assert processor.visualize_anomaly_map(UNIT.cuda(), tensor[0], mask).size == (WIDTH, HEIGHT)
+
+
+@pytest.mark.parametrize("size", [(700, 90), (513, 257), (256, 300), (90, 700)])
+@pytest.mark.parametrize("target", [(64, 64), (32, 96), (600, 320)])
+def test_strips_give_the_whole(size: tuple[int, int], target: tuple[int, int]) -> None:
+    """Only strips of a picture are floats at once, and nothing of the result tells."""
+    rows: list[int] = []
+
+    class Recording(DiffusionADImageProcessor):
+        def to_rgb(self, array, window=None):
+            rgb = super().to_rgb(array, window)
+            rows.append(rgb.shape[1])
+            return rgb
+
+    pixels = RNG.integers(0, 256, (*size, 4), dtype=np.uint8)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    whole = tensor[:3] * tensor[3:] + (1 - tensor[3:])  # [3, h, w], on white
+    expected = torch.nn.functional.interpolate(whole[:, None], target, mode="bilinear", antialias=True)[:, 0]
+    processor = Recording()
+    found, sizes = processor.preprocess(pixels, *target)
+    assert sizes == [size] and torch.equal(found[0], expected.clamp(0, 1))
+    drawn = processor.visualize_anomaly_map(pixels, np.zeros(size, dtype=np.float32))
+    assert np.array_equal(np.asarray(drawn), whole.mul(255).round().byte().permute(1, 2, 0).numpy())
+    assert max(rows) <= 256 and sum(rows) == 2 * size[0]
