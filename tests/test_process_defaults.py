@@ -14,6 +14,7 @@ from diffusionad_pipe import DiffusionADPipeline
 from diffusionad_pipe.evaluation.calibration import split_held_out
 from diffusionad_pipe.metrics.exact import evaluate_maps
 from diffusionad_pipe.synthesis.augmenters import AUGMENTERS
+from diffusionad_pipe.synthesis.config import SynthesisConfig
 from diffusionad_pipe.synthesis.foregrounds import random_foregrounds, threshold_foreground
 from diffusionad_pipe.synthesis.sampling import sample_generator
 from diffusionad_pipe.training.dataset import SyntheticAnomalyDataset
@@ -122,9 +123,11 @@ def judge(pipe: DiffusionADPipeline) -> dict[str, object]:
 def draw() -> dict[str, object]:
     """All that training draws, and what it makes of it."""
     dataset = SyntheticAnomalyDataset(
-        PIXELS, PIXELS[..., :24, :24], length=8, seed=0, foregrounds="random", anomaly_probability=1.0,
-        procedural_probability=0.5, grayscale_anomalies=True, thin_line_probability=0.5, soft_edge_probability=0.5,
-        horizontal_flip=True, vertical_flip=True, rotation=20.0, crop_size=24,
+        PIXELS, PIXELS[..., :24, :24],
+        SynthesisConfig(
+            anomaly_probability=1.0, procedural_probability=0.5, thin_line_probability=0.5, soft_edge_probability=0.5
+        ),
+        length=8, seed=0, foregrounds="random", horizontal_flip=True, vertical_flip=True, rotation=20.0, crop_size=24,
     )  # fmt: skip
     generators = [sample_generator(0, number) for number in range(2)]
     unit = PIXELS[:2].float() / 255

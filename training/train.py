@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -47,7 +48,7 @@ from diffusionad_pipe.runtime.acceleration import (
     train_channels_last,
 )
 from diffusionad_pipe.runtime.progress import ProgressBar, silence_libraries
-from diffusionad_pipe.training.config import TrainingConfig, parse_arguments, to_plain
+from diffusionad_pipe.training.config import TrainingConfig, parse_arguments
 from diffusionad_pipe.training.losses import distillation_losses, training_losses
 from diffusionad_pipe.training.networks import TrainedNetworks
 from diffusionad_pipe.training.plots import plot_losses, validation_grid
@@ -66,8 +67,9 @@ from diffusionad_pipe.training.run_folder import (
     store_run,
     tracker_files,
 )
+from diffusionad_pipe.training.run_images import describe_images
+from diffusionad_pipe.training.samples import held_out_samples, read_inputs, training_samples
 from diffusionad_pipe.training.setup import (
-    build_datasets,
     build_networks,
     fastest_precision,
     load_teacher,
@@ -137,7 +139,7 @@ def main(config: TrainingConfig) -> int:
             if parse_flag_from_env(variable):
                 raise ValueError(f"{name} is not supported: launch with --multi_gpu, whole networks fit on any card")
         if config.mixed_precision == "auto":
-            config.mixed_precision = fastest_precision()
+            config = replace(config, mixed_precision=fastest_precision())
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -189,13 +191,12 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder
     samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     # Mattes of a model are made once; the other processes find them in the folder.
     with accelerator.main_process_first() if config.foreground == "transformers" else nullcontext():
-        dataset, validation, images = build_datasets(
-            config,
-            config.max_train_steps * samples_per_step,
-            accelerator.device if config.dataloader_num_workers == 0 else torch.device("cpu"),
-            folder,
-            teacher,
-        )
+        inputs = read_inputs(config, folder)
+    # Workers on the CPU cannot make samples on a GPU.
+    device = accelerator.device if config.dataloader_num_workers == 0 else torch.device("cpu")
+    dataset = training_samples(config, inputs, config.max_train_steps * samples_per_step, device)
+    validation = held_out_samples(config, inputs, device)
+    images = describe_images(config, inputs.images, inputs.is_held_out, teacher)
     good_count = len(images["pictures"])
     held_out_count = sum(row["held_out"] for row in images["pictures"])
     if resume_from is not None:
@@ -259,7 +260,7 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder
         store_run(config, folder, images, progress.step)
     known_files = tracker_files(folder)
     if config.report_to:
-        settings = {name: str(value) for name, value in to_plain(config).items()}
+        settings = {name: str(value) for name, value in asdict(config).items()}
         # wandb alone would write into the working folder, pictures too.
         accelerator.init_trackers("diffusionad", settings, {"wandb": {"dir": str(output_dir)}})
 
@@ -434,7 +435,7 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder
         hardware = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
         write_model_card(
             output_dir,
-            to_plain(config),
+            asdict(config),
             image_count=good_count,
             held_out_count=held_out_count,
             best_step=progress.best_step,

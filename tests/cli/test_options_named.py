@@ -12,7 +12,8 @@ from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
 from diffusionad_pipe.cli import PASSED_ON, UNDERSCORES, app
-from diffusionad_pipe.training.config import TrainingConfig
+from diffusionad_pipe.cli.training import preview_parser
+from diffusionad_pipe.training.config import TrainingConfig, settings_parser
 from diffusionad_pipe.training.images import read_textures
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,8 @@ SAID_BY = {
     "cli/calibrate": "calibrate",
     "cli/options chosen_tiling": "predict evaluate calibrate",
     "cli/training TRAIN_DESCRIPTION": "train",
+    "cli/training PREVIEW_DESCRIPTION": "preview-synthesis",
+    "cli/training preview_parser": "preview-synthesis",
 }
 SCRIPTS = {"train": "train", "evaluate": "evaluate"}
 # What `accelerate launch` is told, and not the command.
@@ -59,12 +62,12 @@ LAUNCHER = {"--multi_gpu", "--quiet"}
 def options_of(command: str) -> set[str]:
     if command == LAUNCH:
         return {option for action in launch_command_parser()._actions for option in action.option_strings}
-    if command == "train":
-        names = [*TrainingConfig.__dataclass_fields__, "config", "preset", "max-pixels"]
-        return {f"--{name}" for name in names}
+    if command in ("train", "preview-synthesis"):
+        parser = preview_parser() if command == "preview-synthesis" else settings_parser(TrainingConfig, None)
+        return set(parser._option_string_actions)
     parameters = typer.main.get_command(app).commands[command].params
     options = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
-    if command in ("preview-synthesis", "evaluate"):  # which take underscores too
+    if command == "evaluate":  # which takes underscores too
         options |= {f"--{option[2:].replace('-', '_')}" for option in options}
     return options
 
@@ -109,7 +112,7 @@ def test_every_option_that_is_named_exists(file: Path) -> None:
             assert option in options_of(command), f"{file.name}, {function}: {command} has no {option}"
 
 
-def test_textures_that_are_put_up_with(tmp_path: Path) -> None:
+def test_textures_that_are_tolerated(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="1 of 2 textures .* allow more with --max_unreadable"):

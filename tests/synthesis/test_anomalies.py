@@ -18,6 +18,7 @@ from diffusionad_pipe.synthesis.anomalies import (
     thin_lines,
 )
 from diffusionad_pipe.synthesis.augmenters import AUGMENTERS, augment, rotate
+from diffusionad_pipe.synthesis.config import SynthesisConfig
 from diffusionad_pipe.synthesis.sampling import integers, sample_generator, uniform
 
 CPU = torch.device("cpu")
@@ -29,6 +30,11 @@ def generators(count: int, seed: int = 0) -> list[torch.Generator]:
 
 def make_images(count: int, size: int = 64, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=sample_generator(seed))
+
+
+def paper(**options: float) -> SynthesisConfig:
+    """The paper's anomalies, but for some options."""
+    return SynthesisConfig(grayscale_anomalies=False, **options)
 
 
 def textures(size: int = 64) -> torch.Tensor:
@@ -140,7 +146,7 @@ def test_composition_is_the_equation() -> None:
     black = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     matte = torch.full((200, 1, 64, 64), 0.6)
     images, masks, labels = synthesize_anomalies(
-        normal, matte, black, generators(200), anomaly_probability=1, texture_probability=1
+        normal, matte, black, generators(200), paper(anomaly_probability=1, texture_probability=1)
     )
     assert labels.min() == 1 and torch.equal(masks.unique(), torch.tensor([0.0, 0.6]))
     opacities = []
@@ -162,9 +168,9 @@ def test_composition_is_the_equation() -> None:
     assert stats.kstest(opacities[::3], stats.uniform(0.2, 0.6).cdf).pvalue > 1e-3
 
 
-def test_half_of_the_draws_are_anomalous() -> None:
+def test_half_of_the_samples_are_anomalous() -> None:
     labels = synthesize_anomalies(
-        make_images(400, 32), torch.ones(400, 1, 32, 32), textures(32), generators(400)
+        make_images(400, 32), torch.ones(400, 1, 32, 32), textures(32), generators(400), paper()
     ).labels
     assert abs(labels.mean() - 0.5) < 4 * math.sqrt(0.25 / 400)
 
@@ -175,7 +181,7 @@ def test_sources_are_drawn_as_often_as_asked() -> None:
 
     def share_unchanged(**options: float) -> float:
         made = synthesize_anomalies(
-            images, torch.ones(300, 1, 32, 32), black, generators(300), anomaly_probability=1, **options
+            images, torch.ones(300, 1, 32, 32), black, generators(300), paper(anomaly_probability=1, **options)
         )
         flat = [made.images[i][:, made.masks[i, 0] > 0].std(dim=1).max() < 1e-3 for i in range(300)]
         return sum(map(bool, flat)) / 300
@@ -190,13 +196,13 @@ def test_grey_pictures_get_grey_anomalies() -> None:
     images = torch.cat([colored, colored.mean(1, keepdim=True).expand(-1, 3, -1, -1)])
     options = {"anomaly_probability": 1, "procedural_probability": 0.5}
     mattes = torch.ones(80, 1, 32, 32)
-    gray, paper = (
-        synthesize_anomalies(images, mattes, textures(32), generators(80), **options, grayscale_anomalies=setting)
-        for setting in (True, False)
+    gray, colorful = (
+        synthesize_anomalies(images, mattes, textures(32), generators(80), SynthesisConfig(**options, **setting))
+        for setting in ({"grayscale_anomalies": True}, {"grayscale_anomalies": False})
     )
-    assert torch.equal(gray.masks, paper.masks)
-    assert torch.equal(gray.images[:40], paper.images[:40])
-    color = [(made.images[40:].amax(1) - made.images[40:].amin(1)).flatten(1).amax(1) for made in (gray, paper)]
+    assert torch.equal(gray.masks, colorful.masks)
+    assert torch.equal(gray.images[:40], colorful.images[:40])
+    color = [(made.images[40:].amax(1) - made.images[40:].amin(1)).flatten(1).amax(1) for made in (gray, colorful)]
     assert color[0].max() < 1e-6 and color[1].median() > 0.05
     assert not torch.equal(gray.images[40:], images[40:])
 
@@ -257,7 +263,7 @@ def test_lines_and_soft_edges_are_composed_like_hard_ones() -> None:
     white = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
     options = {"anomaly_probability": 1, "texture_probability": 1}
     hard, same, lines, soft = (
-        synthesize_anomalies(images, mattes, white, generators(40), **options, **extra)
+        synthesize_anomalies(images, mattes, white, generators(40), paper(**options, **extra))
         for extra in (
             {},
             {"soft_edge_probability": 0.0, "thin_line_probability": 0.0},
@@ -274,9 +280,21 @@ def test_lines_and_soft_edges_are_composed_like_hard_ones() -> None:
         assert (made.images <= 0.8 * made.masks + 1e-6).all() and made.images.amax() > 0.5 and made.labels.all()
 
 
+@pytest.mark.parametrize(
+    "setting, cause",
+    [
+        ({"thin_line_probability": 1.5}, "thin_line_probability must be a share from 0 to 1, not 1.5"),
+        ({"foreground": "salient"}, "foreground must be one of none, random, threshold, folder, transformers"),
+    ],
+)
+def test_settings_that_cannot_be(setting: dict, cause: str) -> None:
+    with pytest.raises(ValueError, match=cause):
+        SynthesisConfig(**setting)
+
+
 def test_empty_foreground_leaves_the_picture_normal() -> None:
     images, masks, labels = synthesize_anomalies(
-        make_images(3, 32), torch.zeros(3, 1, 32, 32), textures(32), generators(3), anomaly_probability=1
+        make_images(3, 32), torch.zeros(3, 1, 32, 32), textures(32), generators(3), paper(anomaly_probability=1)
     )
     assert not labels.any() and not masks.any() and torch.equal(images, make_images(3, 32))
 
@@ -288,9 +306,7 @@ def test_without_textures_there_is_still_a_source(procedural: float) -> None:
         torch.ones(4, 1, 32, 32),
         None,
         generators(4),
-        anomaly_probability=1,
-        texture_probability=1,
-        procedural_probability=procedural,
+        paper(anomaly_probability=1, texture_probability=1, procedural_probability=procedural),
     )
     assert labels.all() and not any(torch.equal(a, b) for a, b in zip(images, make_images(4, 32)))
 
@@ -298,9 +314,11 @@ def test_without_textures_there_is_still_a_source(procedural: float) -> None:
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     options = {"anomaly_probability": 0.8, "procedural_probability": 0.5}
     images, mattes = make_images(9, 40), torch.ones(9, 1, 40, 40)
-    together = synthesize_anomalies(images, mattes, textures(40), generators(9), **options)
+    together = synthesize_anomalies(images, mattes, textures(40), generators(9), paper(**options))
     for index in range(9):
         part = slice(index, index + 1)
-        alone = synthesize_anomalies(images[part], mattes[part], textures(40), [sample_generator(0, index)], **options)
+        alone = synthesize_anomalies(
+            images[part], mattes[part], textures(40), [sample_generator(0, index)], paper(**options)
+        )
         torch.testing.assert_close(alone.images[0], together.images[index], rtol=0, atol=1e-6)
         assert torch.equal(alone.masks[0], together.masks[index])

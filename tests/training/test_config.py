@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusionad_pipe.training.config import PRESETS, parse_arguments
+from diffusionad_pipe.training.config import PRESETS, TrainingConfig, parse_arguments
 from diffusionad_pipe.training.setup import build_networks
 from tests.helpers.training_runs import ROOT
 
@@ -34,8 +34,9 @@ def test_unusable_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for share in ("-0.1", "null"):
         assert "share from 0 to 1" in refusal(capsys, "--config", written(f"validation_fraction: {share}"))
     assert "kind bool" in refusal(capsys, "--config", written("vertical_flip: 'no'"))
-    assert "kind tuple" in refusal(capsys, "--config", written("block_out_channels: 64"))
+    assert "kind list" in refusal(capsys, "--config", written("block_out_channels: 64"))
     assert "none, random, threshold" in refusal(capsys, "--config", written("foreground: salient"))
+    assert "'none', 'random', 'threshold'" in refusal(capsys, "--foreground", "salient")
     assert "tiny, small, base, paper" in refusal(capsys, "--config", written("preset: huge"))
     assert "--train_data_dir" in refusal(capsys)
     message = refusal(capsys, "--train_data_dir", "x", "--wandb_token=hf_secret")
@@ -50,6 +51,25 @@ def test_the_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path: Path
     assert (config.learning_rate, config.train_batch_size, config.mixed_precision) == (3e-4, 2, "no")
     config = parse_arguments(["--config", str(path), "--preset", "tiny"], None)
     assert (config.resolution, config.prediction_type) == (128, "sample")
+
+
+def test_flags_of_yes_and_no() -> None:
+    def parsed(*flags: str) -> TrainingConfig:
+        return parse_arguments(["--train_data_dir", "x", *flags], None)
+
+    assert parsed("--horizontal_flip").horizontal_flip and parsed("--horizontal-flip", "true").horizontal_flip
+    for no in ("--no-grayscale_anomalies", "--no-grayscale-anomalies", "--grayscale_anomalies=false"):
+        assert not parsed(no).grayscale_anomalies
+    assert not parsed("--horizontal_flip", "--no-horizontal_flip").horizontal_flip
+
+
+def test_the_former_spelling_of_license(tmp_path: Path) -> None:
+    """In the file of an older run, and as a flag."""
+    path = tmp_path / "training_config.yaml"
+    path.write_text("licence: cc0-1.0\nlicence_note: a sentence\ntrain_data_dir: x\n")
+    config = parse_arguments(["--config", str(path)], None)
+    assert (config.license, config.license_note) == ("cc0-1.0", "a sentence")
+    assert parse_arguments(["--config", str(path), "--licence", "mit"], None).license == "mit"
 
 
 def test_the_default_is_the_preset_small() -> None:

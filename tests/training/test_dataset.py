@@ -1,8 +1,9 @@
-"""Training draws: the same whatever the workers, the batch and the order."""
+"""Training samples: the same whatever the workers, the batch and the order."""
 
 import pytest
 import torch
 
+from diffusionad_pipe.synthesis.config import SynthesisConfig
 from diffusionad_pipe.synthesis.sampling import sample_generator
 from diffusionad_pipe.training.dataset import SyntheticAnomalyDataset, validation_samples
 
@@ -10,11 +11,13 @@ from diffusionad_pipe.training.dataset import SyntheticAnomalyDataset, validatio
 def make_dataset(size: int = 32, **options) -> SyntheticAnomalyDataset:
     pixels = torch.rand(4, 3, size, size, generator=sample_generator(3))
     pixels = (pixels * 255).byte()
-    return SyntheticAnomalyDataset(pixels[:3], pixels[3:], **{"length": 12, "seed": 7} | options)
+    anomalies = {name: options.pop(name) for name in list(options) if name in SynthesisConfig.__dataclass_fields__}
+    config = SynthesisConfig(**{"grayscale_anomalies": False} | anomalies)
+    return SyntheticAnomalyDataset(pixels[:3], pixels[3:], config, **{"length": 12, "seed": 7} | options)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_draws_do_not_depend_on_workers_or_order(workers: int) -> None:
+def test_samples_do_not_depend_on_workers_or_order(workers: int) -> None:
     dataset = make_dataset(foregrounds="random", horizontal_flip=True, rotation=20, procedural_probability=0.5)
     expected = [dataset.__getitems__(range(start, start + 4)) for start in (0, 4, 8)]
     loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=workers)
@@ -27,14 +30,14 @@ def test_draws_do_not_depend_on_workers_or_order(workers: int) -> None:
     assert len(list(dataset)) == len(dataset) == 12
 
 
-def test_every_epoch_sees_every_picture_once_and_draws_anew() -> None:
+def test_every_epoch_sees_every_picture_once_and_samples_anew() -> None:
     dataset = make_dataset(anomaly_probability=0.0)
     originals = dataset.images.float() / 255
     for epoch in range(4):
         seen = [dataset[3 * epoch + position]["images"] for position in range(3)]
         matches = [[torch.equal(image, original) for original in originals].index(True) for image in seen]
         assert sorted(matches) == [0, 1, 2]
-    noises = torch.stack([dataset[draw]["noise"].flatten() for draw in range(12)])
+    noises = torch.stack([dataset[number]["noise"].flatten() for number in range(12)])
     assert len(noises.unique(dim=0)) == 12
 
 
@@ -77,11 +80,11 @@ def test_validation_samples_are_good_pictures_and_anomalies_on_them() -> None:
     source = make_dataset()
     mattes = torch.zeros(3, 1, 32, 32, dtype=torch.uint8)
     mattes[:2] = 255  # the third picture gets no anomaly
-    samples = validation_samples(source.images, source.textures, repeats=5, seed=1, foregrounds=mattes)
+    samples = validation_samples(source.images, source.textures, source.config, repeats=5, seed=1, foregrounds=mattes)
     good = [sample["images"] for sample in samples[:3]]
     assert sorted(map(torch.sum, good)) == sorted(map(torch.sum, source.images.float() / 255))
     labels = [float(sample["labels"]) for sample in samples]
     assert labels[:3] == [0, 0, 0] and 5 < len(labels[3:]) <= 10 and all(labels[3:])
     assert all(sample["masks"].any() == sample["labels"] for sample in samples)
     with pytest.raises(ValueError, match="none of 6 synthetic anomalies on 3 held-out pictures"):
-        validation_samples(source.images, None, repeats=2, seed=1, foregrounds=torch.zeros_like(mattes))
+        validation_samples(source.images, None, source.config, repeats=2, seed=1, foregrounds=torch.zeros_like(mattes))

@@ -1,7 +1,5 @@
 """`diffusionad preview-synthesis` shows what training would use."""
 
-import dataclasses
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from diffusionad_pipe import cli, open_image
-from diffusionad_pipe.files.output_folder import OutputFolder
 from diffusionad_pipe.training.config import TrainingConfig
-from diffusionad_pipe.training.preview import ROWS, preview_synthesis
-from diffusionad_pipe.training.setup import build_datasets
+from diffusionad_pipe.training.preview import ROWS
+from diffusionad_pipe.training.samples import read_inputs, training_samples
 
 GOOD = Path(__file__).parents[2] / "training" / "data" / "hazelnut_toy" / "hazelnut" / "train" / "good"
 COUNT = 8  # pictures, of which training holds out one
@@ -46,18 +44,18 @@ SETTINGS = {"resolution": 32, "horizontal_flip": True, "rotation": 20.0, "seed":
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, {"resolution": 32, "resize_to": 48, "procedural_probability": 0.5}])
-def test_the_sheet_shows_what_training_draws(folder: Path, tmp_path: Path, settings: dict) -> None:
+def test_the_sheet_shows_what_training_sees(folder: Path, tmp_path: Path, settings: dict) -> None:
     sheet = tmp_path / "new" / "sheet.png"
     # The flags as training takes them, with underscores.
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
-    result = preview(folder, "--output", sheet, "--count", 10, "--draws", 1, *flags)
+    result = preview(folder, "--output", sheet, "--count", 10, "--samples", 1, *flags)
     assert result.exit_code == 0, result.output
-    assert "7 pictures to train on; of 10 draws" in result.output and "the first 10 are in" in result.output
+    assert "7 pictures to train on; of 10 samples" in result.output and "the first 10 are in" in result.output
     assert Image.open(sheet).height == 4 * 32 and 10 * 32 < Image.open(sheet).width < 10 * 32 + 120
     assert {path.name for path in sheet.parent.iterdir()} == {"sheet.png", ".diffusionad"}
 
-    config = TrainingConfig(train_data_dir=str(folder), output_dir=str(tmp_path / "run"), **settings)
-    training, *_ = build_datasets(config, 10, torch.device("cpu"), OutputFolder(tmp_path / "run"))
+    config = TrainingConfig(train_data_dir=str(folder), **settings)
+    training = training_samples(config, read_inputs(config), 10, torch.device("cpu"))
     images, mattes, masks, composites = columns(sheet, 10).astype(int)
     samples = training.__getitems__(range(10))
     assert 2 <= sum(sample["labels"] for sample in samples) <= 8
@@ -77,17 +75,21 @@ def test_the_same_seed_gives_the_same_sheet(folder: Path, tmp_path: Path) -> Non
     sheets = []
     for index, seed in enumerate((0, 0, 1)):
         sheets.append(tmp_path / f"{index}.png")
-        result = preview(folder, "--output", sheets[-1], "--resolution", 32, "--count", 3, "--draws", 3, "--seed", seed)
+        result = preview(
+            folder, "--output", sheets[-1], "--resolution", 32, "--count", 3, "--samples", 3, "--seed", seed
+        )
         assert result.exit_code == 0, result.output
     assert sheets[0].read_bytes() == sheets[1].read_bytes() != sheets[2].read_bytes()
 
 
-@pytest.mark.parametrize("empty, share", [(0, "0.0% have an empty mask"), (2, "28.6% have"), (8, "all 14 draws have")])
+@pytest.mark.parametrize(
+    "empty, share", [(0, "0.0% have an empty mask"), (2, "28.6% have"), (8, "all 14 samples have")]
+)
 def test_empty_masks_are_counted(folder: Path, tmp_path: Path, empty: int, share: str) -> None:
     """Mattes without a foreground on some of the pictures, none of which is the one that is held out."""
     for index, path in enumerate(sorted(folder.iterdir())):
         Image.new("L", (48, 48), 0 if index < empty else 255).save(tmp_path / path.name)
-    flags = ["--resolution", 32, "--count", 2, "--draws", 14, "--foreground", "folder", "--foreground-dir", tmp_path]
+    flags = ["--resolution", 32, "--count", 2, "--samples", 14, "--foreground", "folder", "--foreground-dir", tmp_path]
     result = preview(folder, "--output", tmp_path / "sheet.png", *flags)
     assert result.exit_code == 0 and share in result.output, result.output
     assert ("hint" in result.output) == (empty > 0)
@@ -99,12 +101,12 @@ def test_empty_masks_are_counted(folder: Path, tmp_path: Path, empty: int, share
     [
         (["{tmp}/nothing"], "nothing is not a folder"),
         (["{tmp}"], "has no pictures to train on"),
-        (["{folder}", "--foreground", "salient"], "none, random, threshold, folder, transformers"),
+        (["{folder}", "--foreground", "salient"], "'none', 'random', 'threshold', 'folder', 'transformers'"),
         (["{folder}", "--foreground", "transformers"], "--foreground_model"),
         (["{folder}", "--foreground", "folder", "--foreground-dir", "{folder}/../mattes"], "7 of 8 pictures have no"),
         (["{folder}", "--texture-dir", "{tmp}/textures"], "textures"),
         (["{folder}", "--resize-to", "16"], "--resize-to 16 is smaller than --resolution 32"),
-        (["{folder}", "--texture-probability", "2"], "texture-probability"),
+        (["{folder}", "--texture-probability", "2"], "texture_probability must be a share"),
         (["{folder}", "--output", "{tmp}/sheet.txt"], "sheet.txt"),
     ],
 )
@@ -122,12 +124,18 @@ def test_wrong_usage_is_exit_code_2(folder: Path, tmp_path: Path, arguments: lis
         assert all(str(path) in result.output for path in missing)
 
 
-def test_defaults_are_those_of_training() -> None:
-    settings = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
-    for function in (cli.preview_synthesis, preview_synthesis):
-        options = inspect.signature(function).parameters
-        shared = {name: option.default for name, option in options.items() if name in settings}
-        assert shared == {name: settings[name] for name in shared} and len(shared) == 19
+def test_a_run_that_a_file_describes(folder: Path, tmp_path: Path) -> None:
+    """The settings of a YAML file show the same as the same flags, and flags win over them."""
+    settings = {"resolution": 32, "rotation": 45.0, "foreground": "random", "soft_edge_probability": 1.0, "seed": 3}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings | {"train_data_dir": str(folder), "max_train_steps": 7}))
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    few = ["--count", 2, "--samples", 2]
+    sheets = [tmp_path / f"{name}.png" for name in ("file", "flags", "both")]
+    for sheet, arguments in zip(sheets, (["--config", file], [folder, *flags], ["--config", file, "--seed", 4])):
+        result = preview(*arguments, "--output", sheet, *few)
+        assert result.exit_code == 0, result.output
+    assert sheets[0].read_bytes() == sheets[1].read_bytes() != sheets[2].read_bytes()
 
 
 def test_without_the_train_extra() -> None:

@@ -19,7 +19,7 @@ from .training import check_data, preview_synthesis, train
 
 # Training writes its settings with underscores: both spellings are taken, so that they can be copied.
 UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}
-# The training script has its own settings and its own --help.
+# The settings of training have a parser of their own, with its own --help.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 app.command()(predict)
 app.command()(check_data)
-app.command(context_settings=UNDERSCORES)(preview_synthesis)
+app.command(context_settings=PASSED_ON)(preview_synthesis)
 app.command(context_settings=PASSED_ON)(train)
 app.command(context_settings=UNDERSCORES)(evaluate)
 app.command()(calibrate)

@@ -15,6 +15,7 @@ import kornia
 import torch
 
 from .augmenters import augment, rotate
+from .config import SynthesisConfig
 from .sampling import integers, uniform
 
 Generators = Sequence[torch.Generator]
@@ -202,15 +203,13 @@ def anomaly_sources(
     images: torch.Tensor,
     textures: torch.Tensor | None,
     generators: Generators,
-    *,
-    texture_probability: float,
-    procedural_probability: float,
+    config: SynthesisConfig,
 ) -> torch.Tensor:
     """A of each picture, `[B, 3, H, W]` in [0, 1]: a texture, or the picture itself cut into tiles; augmented."""
     kind, source = uniform(0, 1, generators), uniform(0, 1, generators)
-    no_textures = textures is None and procedural_probability == 0
-    itself = (kind >= texture_probability) | no_textures
-    procedural = ~itself & ((source < procedural_probability) | (textures is None))
+    no_textures = textures is None and config.procedural_probability == 0
+    itself = (kind >= config.texture_probability) | no_textures
+    procedural = ~itself & ((source < config.procedural_probability) | (textures is None))
 
     sources = images.clone()
     chosen = (~itself & ~procedural).nonzero()[:, 0].tolist()
@@ -233,13 +232,7 @@ def synthesize_anomalies(
     foregrounds: torch.Tensor,
     textures: torch.Tensor | None,
     generators: Generators,
-    *,
-    anomaly_probability: float = 0.5,
-    texture_probability: float = 0.5,
-    procedural_probability: float = 0.0,
-    grayscale_anomalies: bool = False,
-    thin_line_probability: float = 0.0,
-    soft_edge_probability: float = 0.0,
+    config: SynthesisConfig,
 ) -> AnomalySamples:
     """Leave each normal picture as it is, or put a synthetic anomaly on it.
 
@@ -247,43 +240,30 @@ def synthesize_anomalies(
         images: normal pictures `[B, 3, H, W]` in [0, 1].
         foregrounds: where anomalies may be, mattes `[B, 1, H, W]` in [0, 1].
         textures: texture pictures `[T, 3, H, W]` uint8, of the same size, or None.
-        generators: one a picture, the source of its draws.
-        anomaly_probability: how often a picture gets an anomaly; 0.5 in the paper.
-        texture_probability: how often the anomaly is a texture; otherwise it is the picture itself, augmented and
-            shuffled. 0.5 for objects and 1 for texture categories in the paper; without any textures it is 0.
-        procedural_probability: how often a texture is drawn by `procedural_textures` instead of chosen from `textures`;
-            0 in the paper, and 1 where there are none but it is not 0.
-        grayscale_anomalies: put grey anomalies on grey pictures. Not in the paper: there textures keep their colours,
-            and on grey pictures colour alone tells every synthetic anomaly, but no real one.
-        thin_line_probability: share of the masks that `thin_lines` replaces; 0 in the paper.
-        soft_edge_probability: share of the masks that `soften_edges` blurs; 0 in the paper.
+        generators: one a picture, from which everything random on it is drawn.
+        config: how often there is an anomaly, and of what kind; which textures and foregrounds it names, is decided
+            already.
 
     Returns:
         [`AnomalySamples`].
     """
     masks = torch.zeros_like(foregrounds)
-    chosen = (uniform(0, 1, generators) < anomaly_probability).nonzero()[:, 0].tolist()
+    chosen = (uniform(0, 1, generators) < config.anomaly_probability).nonzero()[:, 0].tolist()
     if chosen:
         own = [generators[i] for i in chosen]
         masks[chosen] = perlin_masks(foregrounds[chosen], own)
-        if thin_line_probability > 0:  # else the draws are the paper's
-            masks[chosen] = thin_lines(masks[chosen], foregrounds[chosen], own, thin_line_probability)
-        if soft_edge_probability > 0:
-            masks[chosen] = soften_edges(masks[chosen], foregrounds[chosen], own, soft_edge_probability)
+        if config.thin_line_probability > 0:  # else nothing is drawn, as in the paper
+            masks[chosen] = thin_lines(masks[chosen], foregrounds[chosen], own, config.thin_line_probability)
+        if config.soft_edge_probability > 0:
+            masks[chosen] = soften_edges(masks[chosen], foregrounds[chosen], own, config.soft_edge_probability)
     labels = masks.flatten(1).any(1)
     chosen = labels.nonzero()[:, 0].tolist()
     if not chosen:
         return AnomalySamples(images, masks, labels.float())
 
     anomalous, own = images[chosen], [generators[i] for i in chosen]
-    sources = anomaly_sources(
-        anomalous,
-        textures,
-        own,
-        texture_probability=texture_probability,
-        procedural_probability=procedural_probability,
-    )
-    if grayscale_anomalies:
+    sources = anomaly_sources(anomalous, textures, own, config)
+    if config.grayscale_anomalies:
         gray = (anomalous.amax(1) - anomalous.amin(1)).flatten(1).amax(1) <= GRAY_TOLERANCE
         sources[gray] = sources[gray].mean(1, keepdim=True).expand(-1, 3, -1, -1)
     opacity = uniform(0.2, 0.8, own).view(-1, 1, 1, 1).to(images)  # β: of the original

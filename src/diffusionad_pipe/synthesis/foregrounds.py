@@ -2,7 +2,8 @@
 
 The paper uses salient-object mattes for objects and a random region for textures (section III-D). A matte is soft,
 `[1, H, W]` in [0, 1]. `none` is everywhere, `random` a random region, `threshold` finds an object before a plain
-background by itself, `transformers` asks a segmentation model; `folder` reads mattes made elsewhere (`training_data`).
+background by itself, `transformers` asks a segmentation model; `folder` reads mattes made elsewhere, in
+`training.images`.
 """
 
 import hashlib
@@ -22,8 +23,6 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from ..files.hub_caches import explained_caches
 from ..runtime.weights_digest import weights_digest
 from .sampling import uniform
-
-FOREGROUND_PROVIDERS = ("none", "random", "threshold", "folder", "transformers")
 
 
 def threshold_foreground(image: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Endless training draws from a few normal pictures, each a function of (seed, epoch, index) alone."""
+"""Endless training samples from a few normal pictures, each a function of (seed, epoch, index) alone."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -8,52 +9,52 @@ from torch.utils.data import Dataset
 
 from ..synthesis.anomalies import synthesize_anomalies
 from ..synthesis.augmenters import rotate
+from ..synthesis.config import SynthesisConfig
 from ..synthesis.foregrounds import random_foregrounds
 from ..synthesis.sampling import sample_generator, uniform
 from .losses import sample_timesteps
 
 
 class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
-    """Draw n takes one picture of epoch n // N in that epoch's random order, flips and turns it as declared, maybe puts
-    a synthetic anomaly on it, and brings the noise and the timesteps of its training step along. So a draw does not
-    depend on the number of workers, the batch size or where a run was resumed. Draws are made where the pictures are:
-    on the CPU or on a GPU.
+    """Sample n takes one picture of epoch n // N in that epoch's random order, flips and turns it as declared, maybe
+    puts a synthetic anomaly on it, and brings the noise and the timesteps of its training step along. So a sample does
+    not depend on the number of workers, the batch size or where a run was resumed. Samples are made where the pictures
+    are: on the CPU or on a GPU.
 
     Args:
         images: N normal pictures `[N, 3, H, W]`, uint8.
-        textures: anomaly sources `[T, 3, H, W]`, uint8, of the size of the draws, or None.
-        length: number of draws.
+        textures: anomaly sources `[T, 3, H, W]`, uint8, of the size of the samples, or None.
+        config: of the synthetic anomalies.
+        length: number of samples.
         seed: of everything.
-        foregrounds: mattes `[N, 1, H, W]`, uint8, where anomalies may be; `"random"`: a region of each draw's own
+        foregrounds: mattes `[N, 1, H, W]`, uint8, where anomalies may be; `"random"`: a region of each sample's own
             (texture categories); None: everywhere.
-        anomaly_probability: share of draws with an anomaly.
-        texture_probability: share of anomalies that are textures.
-        procedural_probability: share of textures that are procedural.
-        grayscale_anomalies: put grey anomalies on grey pictures.
-        thin_line_probability: share of the anomalies that are thin lines.
-        soft_edge_probability: share of the anomalies with blurred edges.
-        horizontal_flip: flip every other draw left to right.
-        vertical_flip: flip every other draw upside down.
-        crop_size: side of a random square that is cut from each draw; None keeps the whole picture.
-        rotation: turn each draw by up to so many degrees to either side; what comes in at the border is mirrored.
+        horizontal_flip: flip every other sample left to right.
+        vertical_flip: flip every other sample upside down.
+        crop_size: side of a random square that is cut from each sample; None keeps the whole picture.
+        rotation: turn each sample by up to so many degrees to either side; what comes in at the border is mirrored.
         timestep_boundary: first timestep of the large noise scale.
         timestep_maximum: end of the large noise scale.
+
+    Example:
+        >>> import torch
+        >>> from diffusionad_pipe.synthesis.config import SynthesisConfig
+        >>> from diffusionad_pipe.training.dataset import SyntheticAnomalyDataset
+        >>> images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+        >>> dataset = SyntheticAnomalyDataset(images, None, SynthesisConfig(anomaly_probability=1.0), length=8, seed=0)
+        >>> {name: tuple(value.shape) for name, value in dataset[0].items()}["masks"]
+        (1, 64, 64)
     """
 
     def __init__(
         self,
         images: torch.Tensor,
         textures: torch.Tensor | None,
+        config: SynthesisConfig,
         *,
         length: int,
         seed: int,
         foregrounds: torch.Tensor | Literal["random"] | None = None,
-        anomaly_probability: float = 0.5,
-        texture_probability: float = 0.5,
-        procedural_probability: float = 0.0,
-        grayscale_anomalies: bool = False,
-        thin_line_probability: float = 0.0,
-        soft_edge_probability: float = 0.0,
         horizontal_flip: bool = False,
         vertical_flip: bool = False,
         rotation: float = 0.0,
@@ -63,15 +64,10 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
     ):
         self.images = images
         self.textures = textures
+        self.config = config
         self.length = length
         self.seed = seed
         self.foregrounds = foregrounds
-        self.anomaly_probability = anomaly_probability
-        self.texture_probability = texture_probability
-        self.procedural_probability = procedural_probability
-        self.grayscale_anomalies = grayscale_anomalies
-        self.thin_line_probability = thin_line_probability
-        self.soft_edge_probability = soft_edge_probability
         self.flips = ((horizontal_flip, -1), (vertical_flip, -2))
         self.rotation = rotation
         self.crop_size = crop_size
@@ -82,28 +78,17 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
         return self.length
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return (self[draw] for draw in range(self.length))
+        return (self[number] for number in range(self.length))
 
-    def __getitem__(self, draw: int) -> dict[str, torch.Tensor]:
-        """One draw: images and originals (without the anomaly) `[3, H, W]`, masks `[1, H, W]`, labels `[]`,
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        """One sample: images and originals (without the anomaly) `[3, H, W]`, masks `[1, H, W]`, labels `[]`,
         timesteps `[2]` and noise `[2, 3, H, W]`."""
-        return self.__getitems__([draw])[0]
+        return self.__getitems__([number])[0]
 
-    def __getitems__(self, draws: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        """Several draws at once, which is how a `DataLoader` asks for a batch."""
-        images, foregrounds, generators = self.sample_images(draws)
-        samples = synthesize_anomalies(
-            images,
-            foregrounds,
-            self.textures,
-            generators,
-            anomaly_probability=self.anomaly_probability,
-            texture_probability=self.texture_probability,
-            procedural_probability=self.procedural_probability,
-            grayscale_anomalies=self.grayscale_anomalies,
-            thin_line_probability=self.thin_line_probability,
-            soft_edge_probability=self.soft_edge_probability,
-        )
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Several samples at once, which is how a `DataLoader` asks for a batch."""
+        images, foregrounds, generators = self.augmented_images(numbers)
+        made = synthesize_anomalies(images, foregrounds, self.textures, generators, self.config)
         return [
             {
                 "images": image,
@@ -115,22 +100,22 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
                 )[:, 0],
                 "noise": torch.randn(2, *image.shape, generator=generator, dtype=torch.float32, device="cpu"),
             }
-            for original, image, mask, label, generator in zip(images, *samples, generators)
+            for original, image, mask, label, generator in zip(images, *made, generators)
         ]
 
-    def sample_images(self, draws: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Generator]]:
-        """The pictures of some draws before anything is put on them.
+    def augmented_images(self, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Generator]]:
+        """The pictures of some samples before anything is put on them.
 
         Args:
-            draws: B numbers of draws.
+            numbers: of B samples.
 
         Returns:
             The pictures `[B, 3, H, W]` and their mattes `[B, 1, H, W]`, both in [0, 1] and augmented as declared, and
-            the generators that all further random numbers of these draws come from.
+            the generators that all further random numbers of these samples come from.
         """
         indices, generators = [], []
-        for draw in draws:
-            epoch, position = divmod(draw, len(self.images))
+        for number in numbers:
+            epoch, position = divmod(number, len(self.images))
             order = torch.randperm(len(self.images), generator=sample_generator(self.seed, epoch), device="cpu")
             indices.append(int(order[position]))
             generators.append(sample_generator(self.seed, epoch, indices[-1]))
@@ -166,13 +151,20 @@ class SyntheticAnomalyDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def validation_samples(
-    images: torch.Tensor, textures: torch.Tensor | None, *, repeats: int, seed: int, **options: Any
+    images: torch.Tensor,
+    textures: torch.Tensor | None,
+    config: SynthesisConfig,
+    *,
+    repeats: int,
+    seed: int,
+    **options: Any,
 ) -> list[dict[str, torch.Tensor]]:
     """Held-out pictures as they are: each once as a good one, and several times with a synthetic anomaly.
 
     Args:
         images: N normal pictures `[N, 3, H, W]`, uint8.
         textures: anomaly sources `[T, 3, H, W]`, uint8, or None.
+        config: of the synthetic anomalies, but for their share.
         repeats: anomalous samples made of each; those whose mask came out empty are left out.
         seed: of the anomalies.
         options: of [`SyntheticAnomalyDataset`].
@@ -186,9 +178,9 @@ def validation_samples(
             for sample in SyntheticAnomalyDataset(
                 images,
                 textures,
+                replace(config, anomaly_probability=label),
                 length=count * len(images),
                 seed=seed,
-                anomaly_probability=label,
                 **options,
             )
             if sample["labels"] == label

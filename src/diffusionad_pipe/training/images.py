@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import datasets
 import numpy as np
@@ -25,8 +25,8 @@ from ..image_processor import DiffusionADImageProcessor
 from ..images.dataset_rows import load_rows
 from ..images.files import MAX_PIXELS, ImageFileError, find_images, open_cell, open_image, shown
 from ..runtime.progress import tracked
+from ..synthesis.config import Foreground
 from ..synthesis.foregrounds import (
-    FOREGROUND_PROVIDERS,
     segmentation_model_digest,
     segmentation_model_foreground,
     threshold_foreground,
@@ -68,7 +68,7 @@ def read_images(
         sources: of each its name, and the picture, its path or its cell in a dataset.
         resolution: side in pixels.
         what: for the progress bar and for messages.
-        max_unreadable: largest share of unreadable pictures that is put up with.
+        max_unreadable: largest share of unreadable pictures that is tolerated.
         max_pixels: pictures of more are not read.
 
     Raises:
@@ -240,7 +240,7 @@ def foreground_mattes(
                 cache.write(file, Image.fromarray(matte[0].numpy()).save)
             mattes.append(matte)
         return torch.stack(mattes)
-    raise ValueError(f"foreground must be one of {', '.join(FOREGROUND_PROVIDERS)}, not {provider!r}")
+    raise ValueError(f"foreground must be one of {', '.join(get_args(Foreground))}, not {provider!r}")
 
 
 def mattes_digest(

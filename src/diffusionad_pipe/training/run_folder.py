@@ -6,6 +6,7 @@ Only what the folder's own record lists is ever replaced or deleted.
 import json
 import logging
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .. import DiffusionADPipeline
 from ..files.output_error import OutputError
 from ..files.output_folder import OutputFolder
 from ..files.record import PRIVATE, sha256_of
-from .config import TrainingConfig, changed_settings, to_plain
+from .config import TrainingConfig, changed_settings
 from .images import FOREGROUNDS
 from .run_images import STORED as IMAGES
 from .run_images import as_text, changed_images
@@ -120,7 +121,7 @@ def store_run(config: TrainingConfig, folder: OutputFolder, images: dict[str, An
         images: of [`run_images.describe_images`].
         first_step: steps that were taken before.
     """
-    folder.write_text(SETTINGS, yaml.safe_dump(to_plain(config), sort_keys=False))
+    folder.write_text(SETTINGS, yaml.safe_dump(asdict(config), sort_keys=False))
     folder.write_text(IMAGES, as_text(images))
     log = folder.open_growing(LOG)
     if log.is_file():

@@ -1,8 +1,8 @@
-"""What a training configuration asks for: the networks, with weights to start from, and the data."""
+"""The networks that a training configuration asks for, with weights to start from."""
 
 import logging
 import math
-from typing import Any
+from typing import Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -13,14 +13,9 @@ from .. import (
     NormGuidedOneStepScheduler,
     SegmentationUNet2DModel,
 )
-from ..evaluation.calibration import split_held_out
-from ..files.output_folder import OutputFolder
 from ..runtime.acceleration import fastest_dtype
 from ..unet_2d_diffusionad import ATTENTION_SIZES
 from .config import TrainingConfig
-from .dataset import SyntheticAnomalyDataset, validation_samples
-from .images import foreground_mattes, read_good_images, read_textures
-from .run_images import describe_images
 
 logger = logging.getLogger("train")
 
@@ -69,7 +64,7 @@ def start_from_pretrained(networks: dict[str, torch.nn.Module], source: str) -> 
         logger.info("%s: %d of %d weights start from %s", name, len(fitting), len(state), source)
 
 
-def fastest_precision() -> str:
+def fastest_precision() -> Literal["bf16", "no"]:
     """What --mixed_precision auto stands for here: "bf16" or "no". A CPU without instructions for bfloat16 emulates it,
     and a step of 3 s took 80."""
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -96,73 +91,3 @@ def load_teacher(source: str, config: TrainingConfig, device: torch.device) -> D
         )
     teacher.unet.to(device)
     return teacher
-
-
-def build_datasets(
-    config: TrainingConfig,
-    draws: int,
-    device: torch.device,
-    folder: OutputFolder,
-    teacher: DiffusionADPipeline | None = None,
-) -> tuple[SyntheticAnomalyDataset, list[dict[str, torch.Tensor]], dict[str, Any]]:
-    """Training draws, validation samples, and what [`describe_images`] says of the pictures.
-
-    Args:
-        config: the settings.
-        draws: how many there are.
-        device: that they are made on.
-        folder: of the run, where mattes are cached.
-        teacher: of a student.
-    """
-    side = config.resize_to or config.resolution
-    images = read_good_images(
-        config.train_data_dir,
-        side,
-        category=config.category,
-        dataset_name=config.dataset_name,
-        image_column=config.image_column,
-        streaming=config.streaming,
-        max_unreadable=config.max_unreadable,
-        max_pixels=config.max_pixels,
-    )
-    is_held_out = split_held_out(len(images.names), config.validation_fraction)
-    mattes = foreground_mattes(
-        config.foreground,
-        images,
-        folder=config.foreground_dir,
-        model=config.foreground_model,
-        cache=folder,
-        max_pixels=config.max_pixels,
-    )
-
-    def sources(chosen: torch.Tensor, sample_side: int) -> dict[str, Any]:
-        """What both kinds of draws are made from: chosen pictures, textures of the draws' size, shares."""
-        limits: dict[str, Any] = {"max_unreadable": config.max_unreadable, "max_pixels": config.max_pixels}
-        textures = read_textures(config.texture_dir, sample_side, **limits)
-        return {
-            "images": images.pixels[chosen].to(device),
-            "textures": None if textures is None else textures.to(device),
-            "foregrounds": mattes[chosen].to(device) if isinstance(mattes, torch.Tensor) else mattes,
-            "texture_probability": config.texture_probability,
-            "procedural_probability": config.procedural_probability,
-            "grayscale_anomalies": config.grayscale_anomalies,
-            "thin_line_probability": config.thin_line_probability,
-            "soft_edge_probability": config.soft_edge_probability,
-        }
-
-    training = SyntheticAnomalyDataset(
-        **sources(~is_held_out, config.resolution),
-        length=draws,
-        seed=config.seed,
-        anomaly_probability=config.anomaly_probability,
-        horizontal_flip=config.horizontal_flip,
-        vertical_flip=config.vertical_flip,
-        rotation=config.rotation,
-        crop_size=config.resolution,
-        timestep_boundary=config.timestep_boundary,
-        timestep_maximum=config.timestep_maximum,
-    )
-    validation = validation_samples(
-        **sources(is_held_out, side), repeats=config.validation_repeats, seed=config.seed + 1
-    )
-    return training, validation, describe_images(config, images, is_held_out, teacher)
