@@ -43,6 +43,15 @@ class DiffusionADImageProcessor:
         background: RGB colour, 0 to 255, that transparent pixels are composited on.
         min_side: pictures with a side of fewer pixels are refused.
         max_aspect_ratio: pictures whose longer side is more than this many times the shorter are refused.
+
+    Example:
+        ```python
+        from diffusionad_pipe import DiffusionADImageProcessor, open_image
+
+        processor = DiffusionADImageProcessor()
+        pixels, sizes = processor.preprocess([open_image("photo.jpg")], 256, 256)  # [1, 3, 256, 256]
+        images = processor.postprocess(pixels, "pil", sizes)
+        ```
     """
 
     def __init__(

@@ -59,6 +59,16 @@ class DiffusionADPipeline(LoadedFromFolderMixin, SingleFileMixin):
 
     Raises:
         ValueError: for values outside their ranges.
+
+    Example:
+        ```python
+        from diffusionad_pipe import DiffusionADPipeline, open_image
+
+        pipe = DiffusionADPipeline.from_pretrained("pretrained/hazelnut")
+        output = pipe(open_image("photo.jpg"))
+        print(output.anomaly_scores[0], output.is_anomalous[0])
+        output.anomaly_maps[0].save("map.png")
+        ```
     """
 
     model_cpu_offload_seq = "unet->segmentation"
@@ -90,7 +100,7 @@ class DiffusionADPipeline(LoadedFromFolderMixin, SingleFileMixin):
         self.image_processor = DiffusionADImageProcessor()
         self.tiling: Tiling | None = None
         self._records_cuda_graphs = False
-        self._fixed_noise: tuple[Any, torch.Tensor] | None = None  # the last one drawn, and what it was drawn for
+        self._fixed_noise: tuple[Any, torch.Tensor] | None = None  # the last one, and what it was sampled for
 
     def register_to_config(self, **values: Any) -> None:
         """Set values of the config, such as `image_threshold=0.4`, in place of those that the constructor was given.
@@ -325,7 +335,7 @@ class DiffusionADPipeline(LoadedFromFolderMixin, SingleFileMixin):
         return maps, reconstructions.clamp(0, 1)
 
     def fixed_noise(self, num_noise_samples: int, height: int, width: int) -> torch.Tensor:
-        """The noise that is used without a generator, a function of the size and `noise_seed` alone: drawn on the CPU
+        """The noise that is used without a generator, a function of the size and `noise_seed` alone: sampled on the CPU
         whatever the device, once for many calls.
 
         Returns:
@@ -335,9 +345,9 @@ class DiffusionADPipeline(LoadedFromFolderMixin, SingleFileMixin):
         wanted = (shape, seed, self._execution_device)
         known = self._fixed_noise  # read once: another thread may replace it meanwhile
         if known is None or known[0] != wanted:
-            drawing = torch.Generator("cpu").manual_seed(seed)
-            drawn = torch.randn(shape, generator=drawing, dtype=torch.float32, device="cpu")
-            known = self._fixed_noise = (wanted, drawn[:, :, None].to(self._execution_device))
+            generator = torch.Generator("cpu").manual_seed(seed)
+            sampled = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            known = self._fixed_noise = (wanted, sampled[:, :, None].to(self._execution_device))
         return known[1]
 
     def to_output(
@@ -365,7 +375,7 @@ class DiffusionADPipeline(LoadedFromFolderMixin, SingleFileMixin):
                 "float16 overflowed; use others, or dtype=torch.bfloat16"
             )
 
-        # 2. Decisions, where thresholds are set; pixels are judged at the size of the results.
+        # 2. Decisions, where thresholds are set; on pixels at the size of the results.
         if not match_input_resolution:
             sizes = [(maps.shape[-2], maps.shape[-1])] * len(maps)
         resized = self.image_processor.resize_to(maps, sizes)  # [1, h, w] each

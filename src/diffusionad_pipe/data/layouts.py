@@ -184,7 +184,7 @@ def _with_masks(folder: Path, mask_folder: Path, defect_type: str) -> list[Entry
     """The test pictures of a defect type with the masks of their names.
 
     Masks lie in the sub-folders that their pictures lie in, or all in one folder as long as every name is there once.
-    Where two pictures could have one mask, or one picture two, nobody knows which is meant.
+    Where two pictures could have one mask, or one picture two, it is not known which is meant.
     """
     images = _images(folder)
     masks: dict[Path, list[Path]] = {}  # by sub-folder and stem

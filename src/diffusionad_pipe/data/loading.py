@@ -265,7 +265,7 @@ def export_parquet(dataset: datasets.DatasetDict, folder: PathLike) -> None:
     """Write a dataset as Parquet files that hold the pictures and masks themselves, byte by byte, as the Hub has them.
 
     `datasets.load_dataset` reads the folder, here or uploaded. Of the column `path` it keeps what lies below the folder
-    that all pictures share: how a disk is laid out is nobody's business.
+    that all pictures share, and not the folders above.
 
     Args:
         dataset: as [`load_anomaly_dataset`] gives it.

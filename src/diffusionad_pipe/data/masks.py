@@ -141,7 +141,7 @@ def _of_palette(image: Image.Image) -> NDArray[np.float32]:
         if grays.min() <= 127 < grays.max():
             if not numbered or ((shades > 0.5) == (indices > 0)).all():
                 return shades
-            numbered = False  # soft edges, or numbers of classes: nobody knows
+            numbered = False  # soft edges, or numbers of classes: it cannot be told
         elif len(used) == 1 and grays[0] in (0, 255) and palette.any():
             return shades
     if numbered:

@@ -89,6 +89,15 @@ class ExportedDetector:
         ExportedFileError: for a file that is missing, damaged, of another kind or of another version, or a runtime that
             is not installed.
         ValueError: for a threshold that is no finite number.
+
+    Example:
+        ```python
+        from diffusionad_pipe import open_image
+        from diffusionad_pipe.exported import ExportedDetector
+
+        detector = ExportedDetector("detector.onnx")
+        print(detector(open_image("photo.jpg")).anomaly_scores)
+        ```
     """
 
     def __init__(

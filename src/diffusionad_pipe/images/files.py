@@ -189,7 +189,7 @@ def search_folder(folder: PathLike, failures: list[str] | None = None) -> list[P
         failures: gets a sentence for each folder that may not be read; None refuses such a one.
 
     Raises:
-        ImageFileError: if it, or a folder in it, may not be read, and nobody takes the sentence.
+        ImageFileError: if it, or a folder in it, may not be read, and there are no `failures`.
     """
 
     def refuse(error: OSError) -> None:

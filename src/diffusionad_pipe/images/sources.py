@@ -1,4 +1,4 @@
-"""Where the pictures that are to be judged come from: files, patterns, lists, rows of a dataset, a watched folder.
+"""Where the pictures that are to be predicted come from: files, patterns, lists, rows of a dataset, a watched folder.
 
 Nothing is opened here: a source says what a picture is called and how it is read.
 """
