@@ -9,14 +9,14 @@ TRAIN := $(BIN)/accelerate launch --num_processes 1 training/train.py
 # A file at a time in each of two workers.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-all quality space train-hazelnut train-hazelnut-fast evaluate clean
+.PHONY: demo test test-slow test-all quality docs space train-hazelnut train-hazelnut-fast evaluate clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	# torch alone and first: its exact version decides whether gigabytes of CUDA come along.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,demo,export,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,demo,export,docs,dev]"
 	touch $@
 
 demo: $(VENV)/installed  ## find the defects in the shipped pictures
@@ -36,6 +36,9 @@ quality: $(VENV)/installed  ## lint, types and layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/installed  ## the documentation as a web site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 space: $(VENV)/installed  ## the Gradio demo on this machine
 	$(BIN)/python spaces_demo/app.py
 
@@ -51,4 +54,4 @@ evaluate: $(VENV)/installed  ## the figures of the README
 	$(BIN)/diffusionad evaluate --model $(MODEL) --data training/data/hazelnut_toy/hazelnut --output evaluation
 
 clean:
-	rm -rf $(VENV) demo_output evaluation
+	rm -rf $(VENV) demo_output evaluation site

@@ -1,4 +1,4 @@
-"""Every command in README.md works: run here on tiny real data, or where `ELSEWHERE` says."""
+"""Every command in README.md and docs/*.md works: run here on tiny real data, or where `ELSEWHERE` says."""
 
 import re
 import runpy
@@ -17,36 +17,46 @@ from diffusionad_pipe import DiffusionADPipeline, open_image
 from diffusionad_pipe.cli import app
 from diffusionad_pipe.training.config import parse_arguments
 from tests.helpers.hub_server import HubServer
+from tests.helpers.script_processes import run_script
 from tests.helpers.training_runs import ENVIRONMENT, HAZELNUT, ROOT, TINY
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall("```python\n(.*?)```", README, re.DOTALL)
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 # How a command begins -> the file that runs it, and what stands there.
 ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),
+    "make docs": (".ci/run", "make docs"),
     "make test": (".ci/run", "make test"),
-    "make space": ("tests/test_space.py", "app.py"),
+    "make space": ("tests/space/test_space.py", "app.py"),
     "pip install": ("Makefile", "pip install"),
-    "accelerate launch training/evaluate.py": ("tests/test_evaluation.py", "accelerate.commands.launch"),
-    "accelerate launch -m diffusionad_pipe.cli": ("tests/test_prediction_processes.py", "accelerate.commands.launch"),
-    "accelerate launch training/train.py": ("tests/test_training.py", "accelerate.commands.launch"),
+    "accelerate launch training/evaluate.py": ("tests/evaluation/test_evaluate.py", "accelerate.commands.launch"),
+    "accelerate launch -m diffusionad_pipe.cli": ("tests/prediction/test_processes.py", "accelerate.commands.launch"),
+    "accelerate launch training/train.py": ("tests/helpers/training_runs.py", "accelerate.commands.launch"),
+    "accelerate launch --multi_gpu": ("tests/helpers/training_runs.py", "--multi_gpu"),
     "python app.py": ("tests/test_wheel.py", "app.py"),
-    "hf auth login": ("README.md", "hf auth login"),  # needs an account
+    "hf auth login": ("docs/training.md", "hf auth login"),  # needs an account
 }
 
 
-def commands() -> list[str]:
-    """The lines of the README's shell blocks, and commands in its sentences; what only names a command is none."""
-    blocks = re.findall("```bash\n(.*?)```", README, re.DOTALL)
+def commands(pages: list[Path]) -> list[str]:
+    """The lines of the shell blocks, and commands in sentences; what only names a command is none."""
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    blocks = [block for text in texts for block in re.findall("```bash\n(.*?)```", text, re.DOTALL)]
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    inline = re.findall(r"`((?:make|python|pip install|hf|accelerate launch|diffusionad) [^`]*)`", README)
-    without = {"diffusionad convert", "diffusionad --help", "diffusionad train --help"}
-    return list(dict.fromkeys(line for line in [*lines, *inline] if line and line not in without))
+    inline = r"`((?:make|python|pip install|hf|accelerate launch|diffusionad) [^`]*)`"
+    lines += [" ".join(command.split()) for text in texts for command in re.findall(inline, text)]
+    named = re.compile(r"diffusionad( [a-z-]+)?( --help)?")
+    return list(dict.fromkeys(line for line in lines if line and not named.fullmatch(line)))
+
+
+def python_blocks(pages: list[Path]) -> list[str]:
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    return [block for text in texts for block in re.findall("```python\n(.*?)```", text, re.DOTALL)]
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder like the one that a reader of the README works in."""
+    """A folder like the one that a reader works in."""
     for name in ("pretrained", "training", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
     good = sorted((HAZELNUT / "train" / "good").iterdir())
@@ -110,9 +120,10 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.minutes(20)
+@pytest.mark.minutes(25)
 def test_every_command_runs(place: Path, hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    for command in commands():
+    pages = [page for page in PAGES if page.stem != "benchmarks"]
+    for command in commands(pages):
         if where := next((where for start, where in ELSEWHERE.items() if command.startswith(start)), None):
             assert where[1] in (ROOT / where[0]).read_text(encoding="utf-8"), command
         else:
@@ -120,13 +131,29 @@ def test_every_command_runs(place: Path, hub_server: HubServer, monkeypatch: pyt
     assert {path.name for path in (place / "results_mine").glob("*.png")} == {f"{index:02d}.png" for index in range(4)}
     assert DiffusionADPipeline.from_pretrained("user/model").config.image_threshold is not None
     assert (place / "my_space" / "app.py").is_file() and (place / "maps" / "results.parquet").is_file()
-    names: dict[str, object] = {}
-    for code in PYTHON:  # in order, after the commands: they use what those have made
-        exec(compile(code, "README.md", "exec"), names)
+    for code in python_blocks(pages):  # after the commands: they use what those have made
+        exec(compile(code, "a page", "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_benchmarks_have_the_options_that_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    told = [shlex.split(command) for command in commands([ROOT / "docs" / "benchmarks.md"])]
+    assert scripts - {Path(script).name for _, script, *_ in told} <= {"__init__.py", "measure.py"}
+    for program, script, *options in told:
+        assert program == "python", script
+        done = run_script([script, "--help"])
+        assert done.returncode == 0, done.stderr
+        assert all(option in done.stdout for option in options if option.startswith("--")), (script, options)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 100
 
 
 def test_the_lines_of_python_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(PYTHON[0], "README.md", "exec"), {})
+    exec(compile(python_blocks([README])[0], "README.md", "exec"), {})
     score, decision = capsys.readouterr().out.split()
     assert 0 < float(score) < 1 and decision == "True"
     assert Image.open("map.png").size == (512, 512)

@@ -44,7 +44,7 @@ class LoadedFromFolderMixin(DiffusionPipeline):
                 networks, but for the segmentation network's first convolution; the rest is computed in float32. None
                 loads float32, with which thresholds are calibrated and results documented; `"auto"` loads bfloat16
                 where the GPU, or the CPU if there is none, has instructions for it, and float32 elsewhere. Where there
-                is no GPU, weights in bfloat16 are laid out channels last, which is faster (benchmarks/README.md).
+                is no GPU, weights in bfloat16 are laid out channels last, which is faster (docs/benchmarks.md).
 
         Raises:
             WeightsFileError: the folder or a file is missing, damaged, a pickle, or does not fit; the message names it.

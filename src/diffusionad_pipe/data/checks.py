@@ -45,8 +45,9 @@ def check_data(
     """Report everything that is wrong with a dataset, and a note for each category that counts its pictures.
 
     Args:
-        path, layout, category: as in [`load_anomaly_dataset`]; every picture, mask and matte is decoded, as training
-            and evaluation do.
+        path: as in [`load_anomaly_dataset`]; every picture, mask and matte is decoded, as training and evaluation do.
+        layout: likewise.
+        category: likewise.
         max_pixels: pictures, masks and mattes of more are refused, as there.
 
     Returns:

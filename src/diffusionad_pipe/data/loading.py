@@ -124,7 +124,9 @@ def find_categories(path: PathLike, layout: str = "auto", category: str | None =
     """Find the categories in a folder and how each is laid out.
 
     Args:
-        path, layout, category: as in [`load_anomaly_dataset`], without `"parquet"`.
+        path: as in [`load_anomaly_dataset`].
+        layout: likewise, without `"parquet"`.
+        category: likewise.
 
     Returns:
         (folder, layout) of each chosen category by its name; one, unless `category` is `"all"`.
