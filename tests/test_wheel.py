@@ -1,6 +1,7 @@
 """What a wheel holds, and a Space in an environment of its own. The second takes minutes and .ci/run asks for it."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.training_runs import HAZELNUT, ROOT, TINY
+
 START_SECONDS = 300
 
 
@@ -37,7 +40,8 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_wheel_can_train_and_make_a_space(unpacked: Path, tmp_path: Path) -> None:
+@pytest.mark.minutes(20)
+def test_a_wheel_can_train_predict_and_make_a_space(unpacked: Path, tmp_path: Path) -> None:
     """Far from any checkout, with nothing of ours but the wheel."""
     package = unpacked / "diffusionad_pipe"
     names = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
@@ -58,6 +62,15 @@ cli.app(["train", "--help"])
     assert (tmp_path / "space" / "diffusionad_pipe" / "cli" / "__init__.py").is_file()
     assert not (tmp_path / "space" / "diffusionad_pipe" / "spaces_demo").exists()
     assert "packaging" in (tmp_path / "space" / "requirements.txt").read_text()
+
+    settings = TINY | {"max_train_steps": 2, "validation_steps": 2, "validation_repeats": 1, "output_dir": "model"}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    diffusionad = (sys.executable, "-m", "diffusionad_pipe.cli")
+    environment |= {"ACCELERATE_USE_CPU": "1"}
+    run(*diffusionad, "train", "--config", "tiny.yaml", cwd=tmp_path, env=environment)
+    shutil.copy(HAZELNUT / "test" / "colour" / "00.jpg", tmp_path)
+    run(*diffusionad, "predict", "00.jpg", "--model", "model", "--output", "results", cwd=tmp_path, env=environment)
+    assert (tmp_path / "model" / "README.md").is_file() and (tmp_path / "results" / "00.png").is_file()
 
 
 @pytest.mark.slow
