@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from PIL import Image, ImageDraw
 from server_disk import written_for_visitor
 
 from diffusionad_pipe import open_image
 from diffusionad_pipe.files.names import safe_name
 from diffusionad_pipe.images.files import OR_RAISE_MAX_PIXELS
+from diffusionad_pipe.scoring import to_16_bits
 
 if TYPE_CHECKING:
     import torch
@@ -137,14 +137,20 @@ def run_model(pipe: "DiffusionADPipeline", model: str, path: str, name: str, set
         message = str(error).removeprefix(f"{path}: ").replace(OR_RAISE_MAX_PIXELS, "")
         raise ValueError(message) from error
 
-    # At the networks' size from the start: a map of 24 megapixels would be kept for nothing.
-    processor, side = pipe.image_processor, pipe.round_size(pipe.config.image_size)
-    pixels, [(height, width)] = processor.preprocess(image, side, side)  # [1, 3, side, side]
-    output = pipe(pixels, height=side, width=side, **settings._asdict(), output_type="pt", callback_on_step_end=watch)
+    processor = pipe.image_processor
+    pixels = processor.decode(image)
+    output = pipe(
+        pixels,
+        **settings._asdict(),
+        match_input_resolution=False,  # a map of 24 megapixels would be kept for nothing
+        output_type="pt",
+        callback_on_step_end=watch,
+    )
     # A slider needs two pictures of one size, and a page no more pixels than it shows.
+    height, width = processor.size(pixels)
     scale = min(1, MAX_SHOWN_SIDE / max(height, width))
     shown_size = max(8, round(height * scale)), max(8, round(width * scale))
-    shown_pixels, _ = processor.preprocess(image, *shown_size)
+    shown_pixels, _ = processor.preprocess(pixels, *shown_size)
     return Detection(
         path=path,
         name=name,
@@ -254,8 +260,6 @@ def write_files(
         image = open_image(detection.path, max_pixels=MAX_PIXELS)
     except ValueError as error:
         raise ValueError(DELETED) from error
-    processor = pipe.image_processor
-    upright = processor.postprocess(processor.preprocess(image, *detection.size)[0], "pil")[0]
     anomaly_map = resize_map(pipe, detection, detection.size)
     mask = anomaly_map > pixel_threshold if pixel_threshold else None
     verdict, regions, _ = apply_thresholds(pipe, detection, image_threshold, pixel_threshold)
@@ -272,10 +276,10 @@ def write_files(
     stem = safe_name(Path(detection.name).stem or "picture")
     folder = folder / uuid.uuid4().hex  # two visitors may have pictures of one name
     overlay_path, map_path, report_path = (folder / f"{stem}{end}" for end in ("_overlay.png", "_map.png", ".json"))
-    overlay = processor.visualize_anomaly_map(upright, anomaly_map, mask)
+    overlay = pipe.image_processor.visualize_anomaly_map(image, anomaly_map, mask)
     with written_for_visitor():
         folder.mkdir(parents=True)
         overlay.save(overlay_path)
-        Image.fromarray((anomaly_map.numpy() * 65535).round().astype(np.uint16)).save(map_path)
+        to_16_bits(anomaly_map.numpy()).save(map_path)
         report_path.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
     return [str(overlay_path), str(map_path), str(report_path)]
