@@ -88,15 +88,15 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine(device), "model": arguments.model, "pictures": len(images)}
     print(f"{arguments.model}, {len(images)} test pictures, {results['machine']}, medians of {arguments.rounds}\n")
     maps, scores = found["pipeline, float32"]
-    judged = [index for index, mask in enumerate(masks) if mask is not None]
+    with_masks = [index for index, mask in enumerate(masks) if mask is not None]
     rows = []
     for name, (own_maps, own_scores) in found.items():
         timing = timings[name]
         metrics = evaluate_maps(
-            [own_maps[index] for index in judged],
+            [own_maps[index] for index in with_masks],
             [mask for mask in masks if mask is not None],
-            own_scores[judged],
-            labels[judged],
+            own_scores[with_masks],
+            labels[with_masks],
         )
         map_difference = max(float(np.abs(own - other).max()) for own, other in zip(own_maps, maps))
         score_difference = float(np.abs(own_scores - scores).max())

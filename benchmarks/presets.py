@@ -73,12 +73,12 @@ def draw_chart(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
 def accuracy(outputs: list[Any], test: TestImages, chosen: range) -> dict[str, float]:
     maps = [output.anomaly_maps[0, ..., 0] for output in outputs]
     masks = [test.mask(index, found.shape) for index, found in zip(chosen, maps)]
-    judged = [position for position, mask in enumerate(masks) if mask is not None]
+    with_masks = [position for position, mask in enumerate(masks) if mask is not None]
     metrics = evaluate_maps(
-        [maps[position] for position in judged],
+        [maps[position] for position in with_masks],
         [mask for mask in masks if mask is not None],
-        np.array([output.anomaly_scores[0] for output in outputs])[judged],
-        np.array([test.labels[index] for index in chosen])[judged],
+        np.array([output.anomaly_scores[0] for output in outputs])[with_masks],
+        np.array([test.labels[index] for index in chosen])[with_masks],
     )
     return {key: metrics[key] for key in METRICS}
 

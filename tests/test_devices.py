@@ -24,7 +24,7 @@ def elsewhere(tiny_pipeline: DiffusionADPipeline) -> DiffusionADPipeline:
     return tiny_pipeline
 
 
-def test_a_picture_is_judged_where_the_networks_are(elsewhere: DiffusionADPipeline) -> None:
+def test_an_image_is_judged_where_the_networks_are(elsewhere: DiffusionADPipeline) -> None:
     images = torch.empty(SHAPE, device="meta")
     for distilled in (False, True):
         config = elsewhere.scheduler.config

@@ -33,7 +33,7 @@ from tests.helpers.tiny_images import HEIGHT, PIXELS, RNG, UNIT, WIDTH, read
         UNIT.clone().requires_grad_(),
     ],
 )
-def test_every_kind_of_colour_picture_is_read_alike_and_bit_exactly(processor, image):
+def test_every_kind_of_color_image_is_read_alike_and_bit_exactly(processor, image):
     batch, sizes = processor.preprocess(image, HEIGHT, WIDTH)
     assert batch.shape == (1, 3, HEIGHT, WIDTH)
     assert batch.dtype == torch.float32
@@ -55,7 +55,7 @@ def test_every_kind_of_colour_picture_is_read_alike_and_bit_exactly(processor, i
         Image.fromarray(PIXELS[..., 0].astype(np.float32) / 255),
     ],
 )
-def test_grey_pictures_become_three_equal_channels(image):
+def test_gray_images_become_three_equal_channels(image):
     assert torch.equal(read(image), UNIT[:1].expand(3, -1, -1))
 
 
@@ -136,7 +136,7 @@ def test_refuses_wrong_types(image, message):
         (Image.new("L", (8, 257)), "8 x 257 pixels are too long a strip; crop it to an aspect ratio of at most 32"),
     ],
 )
-def test_refuses_unusable_pictures_and_says_the_cure(image, message):
+def test_refuses_unusable_images_and_says_the_cure(image, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read(image)
 
@@ -154,7 +154,7 @@ def test_rounding_around_the_range_is_clamped():
     assert result.max() == 1
 
 
-def test_an_error_names_the_picture_among_several():
+def test_an_error_names_the_image_among_several():
     good = Image.fromarray(PIXELS)
     with pytest.raises(ValueError, match=r"^picture 2: 4 x 4 pixels"):
         read([good, PIXELS, np.zeros((4, 4), np.uint8)])

@@ -295,7 +295,7 @@ def test_errors_in_the_place_of_outputs(overlapped: bool, tiled: bool, tiny_pipe
         raise next(tiny_pipeline.stream([unreadable], return_exceptions=True))
 
 
-def test_a_picture_for_which_the_networks_give_nan_has_its_error_there(tiny_pipeline: DiffusionADPipeline) -> None:
+def test_an_image_for_which_the_networks_give_nan_has_its_error_there(tiny_pipeline: DiffusionADPipeline) -> None:
     good = make_images(2)
     expected = tiny_pipeline(good, output_type="np").anomaly_scores
 

@@ -39,7 +39,7 @@ def test_a_patch_is_a_channel_per_pixel() -> None:
 
 
 @torch.no_grad()
-def test_timesteps_by_number_and_by_picture_are_the_same() -> None:
+def test_timesteps_by_number_and_by_image_are_the_same() -> None:
     unet, images = tiny_unet(), torch.rand(3, 3, 16, 16)
     outputs = [unet(images, t).sample for t in (5, torch.tensor(5), torch.tensor([5]), torch.tensor([5, 5, 5]))]
     assert all(torch.equal(outputs[0], output) for output in outputs)

@@ -197,12 +197,12 @@ def test_bad_arguments(tiny_pipeline: DiffusionADPipeline, arguments: dict, caus
         ([np.zeros((32, 32, 3)), np.full((32, 32, 3), 7.0)], "picture 1"),
     ],
 )
-def test_bad_pictures(tiny_pipeline: DiffusionADPipeline, image, cause: str) -> None:
+def test_bad_images(tiny_pipeline: DiffusionADPipeline, image, cause: str) -> None:
     with pytest.raises((ValueError, TypeError), match=cause):
         tiny_pipeline(image)
 
 
-def test_broken_weights_do_not_call_a_picture_good(tiny_pipeline: DiffusionADPipeline) -> None:
+def test_broken_weights_do_not_call_an_image_good(tiny_pipeline: DiffusionADPipeline) -> None:
     tiny_pipeline.register_to_config(image_threshold=0.5)
     for broken in (torch.nan, -torch.inf):  # a float16 that overflows is infinite
         with torch.no_grad():
@@ -260,7 +260,7 @@ def test_two_threads_share_a_pipeline(tiny_pipeline: DiffusionADPipeline) -> Non
     assert not wrong
 
 
-def test_progress_bar_for_many_pictures(tiny_pipeline: DiffusionADPipeline, capsys) -> None:
+def test_progress_bar_for_many_images(tiny_pipeline: DiffusionADPipeline, capsys) -> None:
     tiny_pipeline(make_images(1))
     assert "it" not in capsys.readouterr().err
     tiny_pipeline(make_images(4), batch_size=1)

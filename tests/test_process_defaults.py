@@ -99,7 +99,7 @@ def load(folder) -> DiffusionADPipeline:
     return pipe
 
 
-def judge(pipe: DiffusionADPipeline) -> dict[str, object]:
+def results(pipe: DiffusionADPipeline) -> dict[str, object]:
     """All that a pipeline and its drawings give."""
     pipe._fixed_noise = None  # it is drawn once
     whole = pipe(IMAGES, output_type="np")
@@ -178,7 +178,7 @@ def plain(value: object) -> object:
 @pytest.fixture(scope="module")
 def expected(pipe) -> dict[str, object]:
     return {
-        "judge": plain(judge(pipe)),
+        "results": plain(results(pipe)),
         "draw": plain(draw()),
         "measure": plain(measure()),
         "train": plain(train(pipe)),
@@ -189,10 +189,10 @@ def expected(pipe) -> dict[str, object]:
 def test_results_are_the_same_under(default, pipe, folder, expected):
     with ExitStack() as stack:
         stack.enter_context(DEFAULTS[default]())
-        found = {"judge": plain(judge(pipe)), "draw": plain(draw()), "measure": plain(measure())}
+        found = {"results": plain(results(pipe)), "draw": plain(draw()), "measure": plain(measure())}
         found["train"] = plain(train(pipe))
         loaded = plain(load(folder)(IMAGES, output_type="np"))
     for part, values in found.items():
         for name in values:
             assert values[name] == expected[part][name], (part, name)
-    assert loaded == expected["judge"]["whole"]
+    assert loaded == expected["results"]["whole"]

@@ -27,7 +27,7 @@ def test_noise_schedule_is_diffusers(schedule: str) -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_a_perfect_network_returns_the_picture(prediction_type: str) -> None:
+def test_a_perfect_network_returns_the_image(prediction_type: str) -> None:
     scheduler = NormGuidedOneStepScheduler(prediction_type=prediction_type)
     images, noise = images_and_noise()
     both, timesteps = torch.cat([images, images]), torch.tensor([200, 150, 400, 300])
@@ -62,7 +62,7 @@ def test_clipping() -> None:
     assert free.prev_sample.max() == 5
 
 
-def test_one_timestep_a_scale_equals_one_a_picture() -> None:
+def test_one_timestep_a_scale_equals_one_an_image() -> None:
     scheduler = NormGuidedOneStepScheduler()
     _, noise = images_and_noise()
     short = scheduler.step(noise, torch.tensor([200, 400]), noise.flip(0)).prev_sample

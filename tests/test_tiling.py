@@ -44,7 +44,7 @@ def test_weights_are_ramps() -> None:
     assert first[6:].tolist() == pytest.approx([0.75, 0.25])
 
 
-def test_one_tile_is_the_untiled_picture(tiny_pipeline: DiffusionADPipeline) -> None:
+def test_one_tile_is_the_untiled_image(tiny_pipeline: DiffusionADPipeline) -> None:
     image = smooth_image(32, 32)
     expected = tiny_pipeline(image, output_type="np")
     tiny_pipeline.enable_tiling()
@@ -136,7 +136,7 @@ def test_networks_see_a_batch_of_tiles_whatever_the_size(tiny_pipeline: Diffusio
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_of_a_large_picture_is_that_of_its_results(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> None:
+def test_memory_of_a_large_image_is_that_of_its_results(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> None:
     tiny_pipeline.save_pretrained(tmp_path)
     script = """
 import ctypes, sys
@@ -207,7 +207,7 @@ def test_tiled_outputs_do_not_depend_on_the_batch(tiny_pipeline: DiffusionADPipe
     np.testing.assert_allclose(as_tuple[1], together.anomaly_scores[:1], rtol=0, atol=1e-5)
 
 
-def test_kinds_of_pictures_agree(tiny_pipeline: DiffusionADPipeline) -> None:
+def test_kinds_of_images_agree(tiny_pipeline: DiffusionADPipeline) -> None:
     tiny_pipeline.enable_tiling(32)
     array = smooth_image(40, 60)
     tensor = torch.from_numpy(array).permute(2, 0, 1)

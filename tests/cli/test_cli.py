@@ -164,7 +164,7 @@ def test_patterns_lists_and_what_lies_in_the_output(model: Path, folder: Path, t
     assert result.exit_code == 0 and len(rows(output)) == 5 and "2 of 4 pictures were judged before" in result.output
 
 
-def test_going_on_judges_only_what_is_new_or_changed(model: Path, folder: Path, tmp_path: Path) -> None:
+def test_going_on_predicts_only_what_is_new_or_changed(model: Path, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     common = ("--model", model, "--output", output, "--batch-size", 1)
     predict(folder / "a.png", folder / "sub" / "a.jpg", *common)
@@ -251,7 +251,7 @@ def test_watching_a_folder(model: Path, folder: Path, tmp_path: Path) -> None:
     output, late, slow = tmp_path / "out", folder / "late.png", folder / "slow.png"
     content = (folder / "a.png").read_bytes()
 
-    def judged() -> set[str]:
+    def predicted() -> set[str]:
         """By the table, which is written once a round's verdicts are printed: Ctrl-C comes after them."""
         with open(output / "results.csv", newline="", encoding="utf-8") as file:
             return {Path(row["path"]).name for row in csv.DictReader(file) if row["score"]}
@@ -264,7 +264,7 @@ def test_watching_a_folder(model: Path, folder: Path, tmp_path: Path) -> None:
                 file.write(content[start : start + 1 + len(content) // 8])
                 file.flush()
                 time.sleep(0.3)
-        process.wait_for(lambda: judged() >= {"late.png", "slow.png"})
+        process.wait_for(lambda: predicted() >= {"late.png", "slow.png"})
         process.send_signal(signal.SIGINT)
         result = process.finish()
     assert result.returncode == 0, result.stderr
@@ -337,7 +337,7 @@ def test_datasets_and_parquet(model: Path, folder: Path, tmp_path: Path) -> None
         (["a/x.png", "b/X.png"], ["a_x", "b_X"]),  # one file for Windows and macOS
     ],
 )
-def test_output_names_tell_all_pictures_apart(files: list[str], names: list[str]) -> None:
+def test_output_names_tell_all_images_apart(files: list[str], names: list[str]) -> None:
     assert output_names([Path(file) for file in files]) == names
 
 

@@ -327,7 +327,7 @@ def test_calibrate_says_what_is_wrong(saved: Path, tmp_path: Path) -> None:
     assert 0 < index["image_threshold"] < 1 and 0 < index["pixel_threshold"] < 1
 
 
-def test_calibrate_lists_a_picture_for_which_the_networks_give_nan(
+def test_calibrate_lists_an_image_for_which_the_networks_give_nan(
     tiny_pipeline: DiffusionADPipeline, tmp_path: Path
 ) -> None:
     with torch.no_grad():  # overflows where a picture is not black

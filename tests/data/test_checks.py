@@ -104,7 +104,7 @@ def test_a_partial_download(tmp_path: Path) -> None:
     assert set(found(root, "error", category="candle")) == set(gone)
 
 
-def test_pictures_that_nobody_would_notice(tmp_path: Path) -> None:
+def test_images_that_nobody_would_notice(tmp_path: Path) -> None:
     root = tmp_path / "bottle"
     layouts.mvtec_ad(tmp_path)
     layouts.images(root, ["test/000.png", "train/bad/000.png", "005.png"])
@@ -182,7 +182,7 @@ def test_the_real_magnetic_tiles() -> None:
     assert len(problems) == 4 and all("marks nothing" in problem.message for problem in problems)
 
 
-def test_masks_follow_the_folders_of_their_pictures(tmp_path: Path) -> None:
+def test_masks_follow_the_folders_of_their_images(tmp_path: Path) -> None:
     root = tmp_path / "part"
     layouts.images(root, [f"train/good/{index}.png" for index in range(3)] + ["test/good/9.png"])
     layouts.images(root, ["test/dent/cam1/000.png", "test/dent/cam2/000.png", "test/dent/cam2/001.png"])

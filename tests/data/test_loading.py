@@ -130,7 +130,7 @@ def test_read_mask(values: list[int], mode: str, marked: list[int], tmp_path: Pa
         assert region.dtype == bool and region.shape == (1, 4) and region[0].tolist() == [bool(m) for m in marked]
 
 
-def test_read_mask_in_colour() -> None:
+def test_read_mask_in_color() -> None:
     red = np.zeros((2, 3, 4), dtype=np.uint8)
     red[0, 0] = (255, 0, 0, 255)
     red[1, 2] = (0, 0, 128, 255)
@@ -189,7 +189,7 @@ def test_categories_of_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_anomaly_dataset(tmp_path / "visa", layout="parquet")
 
 
-def test_visa_and_dagm_have_as_many_pictures_as_their_publishers_list(tmp_path: Path) -> None:
+def test_visa_and_dagm_have_as_many_images_as_their_publishers_list(tmp_path: Path) -> None:
     layouts.visa(tmp_path / "visa")
     with open(tmp_path / "visa" / "split_csv" / "1cls.csv", newline="") as file:
         listed = Counter(
@@ -227,7 +227,7 @@ def test_dagm_in_other_cases_of_its_suffix(tmp_path: Path) -> None:
     assert loaded_counts(tmp_path / "dagm") == expected
 
 
-def test_a_copy_of_a_mask_is_no_picture(tmp_path: Path) -> None:
+def test_a_copy_of_a_mask_is_no_image(tmp_path: Path) -> None:
     layouts.kolektor_sdd2(tmp_path / "KolektorSDD2")
     expected = loaded_counts(tmp_path / "KolektorSDD2")
     layouts.masks(tmp_path / "KolektorSDD2", ["train/10002_GT (copy).png"])
@@ -325,7 +325,7 @@ def test_magnetic_tile_as_one_of_several_categories(tiles: Path) -> None:
         load_anomaly_dataset(tiles.parent)
 
 
-def test_magnetic_tile_without_jpeg_pictures(tiles: Path) -> None:
+def test_magnetic_tile_without_jpeg_images(tiles: Path) -> None:
     for image in (tiles / "MT_Blowhole" / "Imgs").glob("*.[jJ]*"):
         image.unlink()
     with pytest.raises(ValueError, match=r"MT_Blowhole/Imgs has no pictures that end in \.jpg"):
@@ -361,7 +361,7 @@ def test_mvtec() -> None:
     assert load_anomaly_dataset(HAZELNUT.parent)["train"]["path"] == splits["train"]["path"]
 
 
-def test_a_folder_of_good_pictures() -> None:
+def test_a_folder_of_good_images() -> None:
     splits = load_anomaly_dataset(HAZELNUT / "train" / "good")
     assert list(splits) == ["train"] and len(splits["train"]) == 28 and set(splits["train"]["label"]) == {0}
 

@@ -14,7 +14,7 @@ from diffusionad_pipe.evaluation.calibration import (
 from diffusionad_pipe.evaluation.pixel_levels import PixelLevels
 
 
-def test_held_out_pictures_are_spread_evenly() -> None:
+def test_held_out_images_are_spread_evenly() -> None:
     for count, fraction, expected in ((28, 0.15, 4), (2, 0.15, 1), (3, 0.9, 2), (1000, 0.1, 100)):
         held_out = split_held_out(count, fraction)
         assert held_out.sum() == expected and held_out.shape == (count,)
@@ -39,7 +39,7 @@ def test_the_image_threshold_keeps_its_guarantee() -> None:
         assert rate - 1 / (count + 1) - error < np.mean(alarms) < rate + error
 
 
-def test_few_pictures_take_the_largest_good_score_or_the_best_f1() -> None:
+def test_few_images_take_the_largest_good_score_or_the_best_f1() -> None:
     assert smallest_rate(4) == pytest.approx(0.2)
     good, anomalous = np.array([0.1, 0.2, 0.15, 0.3]), np.array([0.7, 0.8, 0.9])
     scores, labels = np.append(good, anomalous), np.repeat([0, 1], (4, 3))
@@ -65,7 +65,7 @@ def test_the_pixel_threshold_controls_the_expected_share() -> None:
     assert rate - 0.03 < np.mean(shares) < rate + 4 * np.std(shares) / math.sqrt(len(shares))
 
 
-def test_few_pictures_use_the_pixels_quantile_or_the_best_f1() -> None:
+def test_few_images_use_the_pixels_quantile_or_the_best_f1() -> None:
     generator = np.random.default_rng(2)
     maps = generator.uniform(0, 0.4, size=(4, 20, 20))
     masks = np.zeros((4, 20, 20), dtype=bool)

@@ -209,7 +209,7 @@ def test_an_export_gives_the_metrics_of_its_folders(model: Path, data: Path, tmp
     assert parquet.rows[-1]["path"] == "test/scratch/2.png"
 
 
-def test_a_broken_picture_is_listed_and_the_rest_measured(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_broken_image_is_listed_and_the_rest_measured(model: Path, data: Path, tmp_path: Path) -> None:
     (data / "test" / "good" / "2.png").write_bytes(b"<html>not found</html>")
     arguments = ["evaluate", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
     for _ in range(2):  # the second time from the stored predictions
@@ -222,13 +222,13 @@ def test_a_broken_picture_is_listed_and_the_rest_measured(model: Path, data: Pat
 
 
 def opencv_resize(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`cv2.resize` of 8-bit values as it is documented: linear between the centres of pixels, rounded."""
+    """`cv2.resize` of 8-bit values as it is documented: linear between the centers of pixels, rounded."""
     for axis, length in enumerate(size):
         source = values.shape[axis]
-        centres = np.clip((np.arange(length) + 0.5) * source / length - 0.5, 0, source - 1)
-        low = np.floor(centres).astype(int)
+        centers = np.clip((np.arange(length) + 0.5) * source / length - 0.5, 0, source - 1)
+        low = np.floor(centers).astype(int)
         high = np.minimum(low + 1, source - 1)
-        share = np.expand_dims(centres - low, 1 - axis)
+        share = np.expand_dims(centers - low, 1 - axis)
         values = values.take(low, axis) * (1 - share) + values.take(high, axis) * share
     return np.floor(values + 0.5)
 
@@ -276,7 +276,7 @@ def test_a_model_for_each_category_and_all_of_them(
     assert table[2].startswith("| part | 2 | 3 |") and table[4].startswith("| mean | 4 | 6 |")
 
 
-def test_a_category_without_test_pictures_is_named(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_category_without_test_images_is_named(model: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(data / "train", data.parent / "piece" / "train")
     with pytest.warns(UserWarning, match="without test pictures, and so not measured: piece"):
         (result,) = evaluate(model, data.parent, tmp_path / "out", category="all")
@@ -360,7 +360,7 @@ def test_categories_and_files_that_are_none(model: Path, data: Path, tmp_path: P
         assert result.exit_code == 2 and said in result.output and not (tmp_path / "out").exists()
 
 
-def test_no_test_pictures(model: Path, data: Path, tmp_path: Path) -> None:
+def test_no_test_images(model: Path, data: Path, tmp_path: Path) -> None:
     shutil.rmtree(data / "test")
     arguments = ["evaluate", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(app, arguments)

@@ -86,7 +86,7 @@ def test_nothing_of_the_users_is_deleted_or_overwritten(
         assert (output / name).read_text() == "mine" and not predictions(output)
 
 
-def test_a_prediction_belongs_to_a_pictures_content(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_prediction_belongs_to_an_images_content(model: Path, data: Path, tmp_path: Path) -> None:
     (first,) = evaluate(model, data, tmp_path / "out", settings=EvaluationSettings(batch_size=2))
     kept = predictions(tmp_path / "out")
     assert len(kept) == 5
@@ -161,7 +161,7 @@ def test_a_mask_that_cannot_be_used_is_listed(
     assert "mask that cannot be used" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_picture_for_which_the_networks_give_nan_fails_alone(
+def test_an_image_for_which_the_networks_give_nan_fails_alone(
     data: Path, tmp_path: Path, tiny_pipeline: DiffusionADPipeline
 ) -> None:
     """The first convolution overflows where a picture is white, and not where it is black."""
@@ -187,7 +187,7 @@ def test_a_picture_for_which_the_networks_give_nan_fails_alone(
     assert not (tmp_path / "none" / "results.md").exists()
 
 
-def test_a_picture_that_cannot_be_read_is_tried_again(model: Path, data: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_tried_again(model: Path, data: Path, tmp_path: Path) -> None:
     broken = data / "test" / "good" / "2.png"
     broken.write_bytes(b"<html>not found</html>")
     arguments = ["--data", data, "--output", tmp_path / "out"]
@@ -269,7 +269,7 @@ def test_names_from_data_become_no_paths(model: Path, tmp_path: Path, data: Path
     assert find_models(tmp_path / "models", ["../outside"]) == [str(tmp_path / "models" / safe_name("../outside"))]
 
 
-def test_the_report_leaves_out_pictures_that_are_gone(model: Path, data: Path, tmp_path: Path) -> None:
+def test_the_report_leaves_out_images_that_are_gone(model: Path, data: Path, tmp_path: Path) -> None:
     (result,) = evaluate(model, data, tmp_path / "out")
     (data / "test" / "good" / "0.png").unlink()
     Image.new("RGB", (48, 40)).save(data / "test" / "good" / "1.png")

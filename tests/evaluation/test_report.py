@@ -119,7 +119,7 @@ def page(request: pytest.FixtureRequest, browser: "playwright.Browser", reports:
     page.close()
 
 
-def test_pictures_are_embedded_and_described(page) -> None:
+def test_images_are_embedded_and_described(page) -> None:
     images = page.eval_on_selector_all("img", "all => all.map(i => [i.src, i.alt, i.complete && i.naturalWidth])")
     # Twice 4 groups of each category; without a threshold there is no predicted mask, and good pictures have no truth.
     assert len(images) > 8 * 3
@@ -300,7 +300,7 @@ def test_gallery_groups() -> None:
     }
 
 
-def test_gallery_of_one_kind_of_pictures() -> None:
+def test_gallery_of_one_kind_of_images() -> None:
     assert choose_gallery([0.1, 0.4], [0, 0], None) == {
         WEAK_DEFECTS: [],
         ALARMING_GOOD: [1, 0],

@@ -174,7 +174,7 @@ del second
     assert done.returncode == 0 and done.stdout == "interrupted\n", (done.returncode, done.stderr)
 
 
-def test_kinds_of_pictures_and_thresholds(pipe: DiffusionADPipeline, folder: Path) -> None:
+def test_kinds_of_images_and_thresholds(pipe: DiffusionADPipeline, folder: Path) -> None:
     detector = ExportedDetector(folder / "d.onnx", threads=1, image_threshold=0.0, pixel_threshold=1.0)
     rgba = np.dstack([IMAGES[1], np.full((50, 40), 200, np.uint8)])
     for kind in (rgba, IMAGES[1].astype(np.float32) / 255, IMAGES[1][..., :1], IMAGES[1][..., 0] > 100,
@@ -261,7 +261,7 @@ def test_bad_files(folder: Path, tmp_path: Path) -> None:
             ExportedDetector(tmp_path / name)
 
 
-def test_broken_weights_do_not_call_a_picture_good(folder: Path, tmp_path: Path) -> None:
+def test_broken_weights_do_not_call_an_image_good(folder: Path, tmp_path: Path) -> None:
     import onnx
 
     model = onnx.load(str(folder / "d.onnx"))

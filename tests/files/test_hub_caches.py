@@ -77,7 +77,7 @@ def test_a_data_set_that_is_broken_is_still_at_fault(tmp_path):
         read_good_images(None, 32, dataset_name=str(tmp_path / "nothing"))
 
 
-def test_pictures_need_no_cache(nowhere, tmp_path, monkeypatch):
+def test_images_need_no_cache(nowhere, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", nowhere)
     images = read_good_images(str(write_small_data(tmp_path / "pictures")), 32)
     assert len(images.names) == 1

@@ -86,7 +86,7 @@ def test_folders_appear_as_a_whole_and_are_deleted_but_for_what_was_added(tmp_pa
     assert OutputFolder(tmp_path, "convert").remove_tree("model") and not (tmp_path / "model").exists()
 
 
-def test_own_pictures_are_known_wherever_their_folder_is_moved_to(tmp_path: Path, caplog) -> None:
+def test_own_images_are_known_wherever_their_folder_is_moved_to(tmp_path: Path, caplog) -> None:
     image = Image.new("RGB", (8, 8))
     image.save(tmp_path / "photo.png")
     with OutputFolder(tmp_path / "out", "predict") as folder:

@@ -113,7 +113,7 @@ def test_closes_the_file_after_failure(tmp_path):
         (b"\xff\xd8\xff\xe0\x00", "damaged", "download it again"),
     ],
 )
-def test_says_what_a_file_without_a_picture_is(tmp_path, content, cause, cure):
+def test_says_what_a_file_without_an_image_is(tmp_path, content, cause, cure):
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with pytest.raises(ImageFileError) as caught:
@@ -179,7 +179,7 @@ def test_refuses_what_may_not_be_read(tmp_path):
             os.seteuid(0)
 
 
-def test_refuses_giant_pictures_without_decoding(tmp_path):
+def test_refuses_giant_images_without_decoding(tmp_path):
     path = tmp_path / "giant.png"
     path.write_bytes(png_header(20_000, 20_000))
     with pytest.raises(ImageFileError, match=r"20000 x 20000 pixels.*raise max_pixels \(--max-pixels\)"):
@@ -213,7 +213,7 @@ def touch(path: Path) -> Path:
     return path
 
 
-def test_finds_pictures_recursively_and_sorted(tmp_path):
+def test_finds_images_recursively_and_sorted(tmp_path):
     expected = [touch(tmp_path / name) for name in ("a/2.PNG", "a/b/1.jpg", "b.Tiff", "c.jpeg")]
     for name in (".hidden.png", ".cache/d.png", "a/notes.txt", "a/._2.png", "Thumbs.db", "noname"):
         touch(tmp_path / name)
@@ -244,7 +244,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert find_images(tmp_path / "data") == [image]
 
 
-def test_refuses_missing_paths_and_folders_without_pictures(tmp_path):
+def test_refuses_missing_paths_and_folders_without_images(tmp_path):
     with pytest.raises(ImageFileError, match="no such file or folder; check the path"):
         find_images([tmp_path / "missing"])
     touch(tmp_path / "notes.txt")

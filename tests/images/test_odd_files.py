@@ -151,7 +151,7 @@ def test_the_page_says_the_same_without_the_path(odd: OddFolder, pipe: Diffusion
     assert found == expected
 
 
-def test_pictures_in_memory_are_refused_with_the_same_sentence(odd: OddFolder) -> None:
+def test_images_in_memory_are_refused_with_the_same_sentence(odd: OddFolder) -> None:
     for path, file in odd.paths.items():
         for read in (lambda one: DiffusionADImageProcessor().preprocess(one, 16, 16), to_rgb_uint8):
             try:

@@ -14,7 +14,7 @@ from tests.helpers.tiny_images import COLOR, HEIGHT, PIXELS, WIDTH
 TOP_COLOR = tuple(bytes.fromhex(COLOR_SCALE.split()[-1]))  # of a map that is 1
 
 
-def test_the_colour_scale_is_even_and_grows_lighter():
+def test_the_color_scale_is_even_and_grows_lighter():
     to_oklab = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]])
     lms_to_lab = np.array([[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]])
     encoded = colorize(torch.linspace(0, 1, 11)[None])[:, 0].T.numpy()  # [11, 3]
@@ -25,7 +25,7 @@ def test_the_colour_scale_is_even_and_grows_lighter():
     assert (np.diff(lab[:, 0]) > 0.045).all()  # readable without colour
 
 
-def test_the_picture_is_unchanged_where_the_map_is_zero(processor):
+def test_the_image_is_unchanged_where_the_map_is_zero(processor):
     heat = np.zeros((HEIGHT, WIDTH), np.float32)
     heat[3:6, 4:9] = 1
     drawn = np.asarray(processor.visualize_anomaly_map(PIXELS, heat))
@@ -113,7 +113,7 @@ def test_contours_close_at_the_edge_and_keep_single_pixels(processor):
 
 
 @pytest.mark.parametrize(("side", "width"), [(64, 1), (400, 2), (1000, 3)])
-def test_contours_are_wider_on_larger_pictures(processor, side, width):
+def test_contours_are_wider_on_larger_images(processor, side, width):
     mask = np.zeros((side, side), bool)
     mask[20:44, 20:44] = True
     drawn = contour(processor.visualize_mask(np.zeros((side, side), np.uint8), mask))

@@ -11,7 +11,7 @@ from tests.helpers.tiny_images import COLOR, HEIGHT, PIXELS, RNG, UNIT, WIDTH, p
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBX", "RGBA", "YCbCr", "HSV"])
-def test_colour_modes(mode):
+def test_color_modes(mode):
     image = plain("RGB", COLOR).convert(mode)
     assert image.mode == mode
     assert np.abs(np.subtract(shade(read(image)), COLOR)).max() <= 2
@@ -31,7 +31,7 @@ def test_a_cmyk_jpeg_is_not_inverted():
     assert max(green, blue) < 5
 
 
-def test_grey_and_bilevel_modes():
+def test_gray_and_bilevel_modes():
     assert shade(read(plain("L", 77))) == (77, 77, 77)
     assert shade(read(plain("1", 1))) == (255, 255, 255)
     assert shade(read(plain("F", 0.2))) == (51, 51, 51)
@@ -52,7 +52,7 @@ def test_transparent_pixels_show_the_background(background):
     assert shade(read(torch.zeros(4, HEIGHT, WIDTH), **options)) == background
 
 
-def test_palettes_give_their_colours_and_transparency():
+def test_palettes_give_their_colors_and_transparency():
     image = plain("P", 1)
     image.putpalette([0, 0, 0, *COLOR])
     image.putpixel((0, 0), 0)
@@ -68,7 +68,7 @@ def test_palettes_give_their_colours_and_transparency():
 
 
 @pytest.mark.parametrize(("mode", "color"), [("RGB", COLOR), ("L", 9), ("1", 0)])
-def test_a_transparent_colour_shows_the_background(mode, color):
+def test_a_transparent_color_shows_the_background(mode, color):
     image = stored(plain(mode, color), transparency=color)
     assert image.mode == mode
     assert shade(read(image)) == (255, 255, 255)
@@ -140,7 +140,7 @@ def test_animations_are_refused_but_phone_jpegs_read():
     assert read(stored(image, "GIF")).shape == (3, HEIGHT, WIDTH)
 
 
-def test_a_truncated_picture_is_refused():
+def test_a_truncated_image_is_refused():
     file = io.BytesIO()
     Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
     with pytest.raises(ValueError, match=r"truncated or damaged .*; copy or download it again"):

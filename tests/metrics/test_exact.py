@@ -240,7 +240,7 @@ def test_whole_numbers_keep_their_order(dtype: type) -> None:
     assert evaluate_maps(maps.astype(dtype), masks) == dict.fromkeys(evaluate_maps(maps, masks), 1.0)
 
 
-def test_a_picture_without_a_mask_counts_in_the_image_metrics_alone() -> None:
+def test_an_image_without_a_mask_counts_in_the_image_metrics_alone() -> None:
     random = np.random.RandomState(0)
     masks = [np.zeros((16, 16), dtype=bool) for _ in range(4)]
     masks[2][4:8, 4:8] = masks[3][1:9, 2:5] = True

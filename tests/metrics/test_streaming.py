@@ -134,7 +134,7 @@ def test_the_threshold_of_the_best_f1_is_the_lowest_score_of_its_bin() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
-def test_pictures_without_mask_or_score() -> None:
+def test_images_without_mask_or_score() -> None:
     maps, masks, scores = random_images(9)
     streaming = StreamingAnomalyMetrics(fpr_limits=[0.1])
     streaming.update(maps, masks)
@@ -148,7 +148,7 @@ def test_pictures_without_mask_or_score() -> None:
     assert metrics["image_auroc"] == exact["image_auroc"] and metrics["image_ap"] == exact["image_ap"]
 
 
-def test_bad_pictures_are_named_and_not_counted() -> None:
+def test_bad_images_are_named_and_not_counted() -> None:
     maps, masks, scores = random_images(5)
     streaming = StreamingAnomalyMetrics()
     streaming.update(maps, masks, scores)
@@ -162,7 +162,7 @@ def test_bad_pictures_are_named_and_not_counted() -> None:
     assert streaming.compute() == expected and streaming.images == 5
 
 
-def test_without_pictures_everything_is_nan() -> None:
+def test_without_images_everything_is_nan() -> None:
     with pytest.warns(UndefinedMetricWarning, match="0 are defective and 0 good"):
         metrics = StreamingAnomalyMetrics().compute()
     assert len(metrics) == 10 and all(math.isnan(value) for value in metrics.values())

@@ -105,7 +105,7 @@ def test_a_verdict_belongs_to_the_content(model: Path, tmp_path: Path, monkeypat
     assert rows(tmp_path / "out")["img.png"]["score"] == scores[1]
 
 
-def test_a_moved_picture_keeps_its_verdict_and_a_copy_has_its_own(model: Path, tmp_path: Path) -> None:
+def test_a_moved_image_keeps_its_verdict_and_a_copy_has_its_own(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     draw(tmp_path / "A" / "x.png")
     common = ("--model", model, "--output", output)
@@ -132,7 +132,7 @@ def test_deleted_maps_are_made_again(model: Path, tmp_path: Path) -> None:
     assert "1 of 1 pictures were judged before" in predict(*common).output
 
 
-def test_products_of_different_pictures_never_share_a_name(model: Path, tmp_path: Path) -> None:
+def test_products_of_different_images_never_share_a_name(model: Path, tmp_path: Path) -> None:
     names = ("a.png", "a_map.png", "a_mask.png", "a-2.png", "A_MAP.jpg")
     for seed, name in enumerate(names):
         draw(tmp_path / "in" / name, seed)

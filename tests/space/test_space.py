@@ -60,7 +60,7 @@ def client(server, tmp_path):
     )
 
 
-def test_detect_answers_with_a_verdict_pictures_and_regions(client):
+def test_detect_answers_with_a_verdict_images_and_regions(client):
     verdict, heatmap, reconstruction, contours, regions = client.predict(handle_file(EXAMPLE), api_name="/detect")
     assert set(verdict) == {"verdict", "explanation", "score", "threshold"}
     assert 0 <= verdict["score"] <= 1 and verdict["threshold"] == 0.4
@@ -89,7 +89,7 @@ def test_other_thresholds_change_verdict_and_mask_on_the_same_score(client):
     assert [row for table in tables[1:] for row in table if any(row)] == []
 
 
-def test_no_picture_is_no_result(client):
+def test_no_image_is_no_result(client):
     verdict, *images, _ = client.predict(None, api_name="/detect")
     assert verdict["verdict"] == "No result yet" and images == [None, None, None]
     assert client.predict(0.5, 0.5, api_name="/decide")[0]["verdict"] == "No result yet"
@@ -131,7 +131,7 @@ def test_files_are_those_of_the_pipeline(client, folder, tmp_path):
     assert marked == pytest.approx(expected.predicted_masks.sum(), abs=20)  # at the threshold, by float32
 
 
-def test_explain_shows_five_different_pictures(client):
+def test_explain_shows_five_different_images(client):
     client.predict(handle_file(EXAMPLE), api_name="/detect")
     images = [np.asarray(Image.open(path)) for path in client.predict(api_name="/explain")]
     assert [image.shape for image in images] == [(64, 64, 3)] * 5
@@ -266,7 +266,7 @@ def test_an_upload_of_more_than_100_mb_is_refused(server):
     assert response.status_code == 413 and "maximum allowed size" in response.text
 
 
-def test_16_bit_and_large_pictures_are_shown_right(client, tmp_path):
+def test_16_bit_and_large_images_are_shown_right(client, tmp_path):
     ramp = np.linspace(0, 65535, 900 * 1200).reshape(900, 1200).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     _, (shown, heatmap), *_ = client.predict(handle_file(tmp_path / "ramp.png"), api_name="/detect")
@@ -330,7 +330,7 @@ def test_a_model_without_settings_is_a_sentence_at_once(tmp_path, damage):
 
 @pytest.mark.slow
 @pytest.mark.minutes(20)
-def test_200_pictures_leave_neither_memory_nor_files_behind(tmp_path):
+def test_200_images_leave_neither_memory_nor_files_behind(tmp_path):
     """And benchmarks/space.py prints what it promises."""
     model = save_model(tmp_path / "tiny")
     command = [sys.executable, ROOT / "benchmarks" / "space.py", "--model", model, "--requests", "200"]

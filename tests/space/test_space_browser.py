@@ -141,7 +141,7 @@ def test_thresholds_change_verdict_and_mask_without_the_model(visitor: Visitor) 
     assert set(visitor.calls) == {"decide", "choose_region"}
 
 
-def test_the_steps_between_are_five_pictures(visitor: Visitor) -> None:
+def test_the_steps_between_are_five_images(visitor: Visitor) -> None:
     visitor.upload(DEFECTIVE)
     visitor.expect_verdict("Defective")
     visitor.open("How it works")
@@ -272,7 +272,7 @@ def test_it_is_readable(browser: "playwright.Browser", address: str, width: int,
     visitor.close()
 
 
-def test_sliders_between_pictures_obey_the_arrow_keys(visitor: Visitor) -> None:
+def test_sliders_between_images_obey_the_arrow_keys(visitor: Visitor) -> None:
     visitor.upload(DEFECTIVE)
     visitor.expect_verdict("Defective")
     handle = visitor.page.get_by_role("slider", name="Boundary between picture and heatmap")

@@ -131,7 +131,7 @@ def test_shuffled_tiles_are_the_same_tiles() -> None:
     assert torch.equal(shuffle_tiles(odd, generators(2))[:, :, 16:, :], odd[:, :, 16:, :])
 
 
-def test_procedural_textures_go_from_noise_to_plain_colour() -> None:
+def test_procedural_textures_go_from_noise_to_plain_color() -> None:
     made = procedural_textures(48, 64, generators(200), CPU)
     assert made.shape == (200, 3, 48, 64) and made.min() >= 0 and made.max() <= 1 and made.isfinite().all()
     roughness = made.diff(dim=3).abs().mean((1, 2, 3))
@@ -190,7 +190,7 @@ def test_sources_are_drawn_as_often_as_asked() -> None:
     assert share_unchanged(texture_probability=1, procedural_probability=1) < 0.6
 
 
-def test_grey_pictures_get_grey_anomalies() -> None:
+def test_gray_images_get_gray_anomalies() -> None:
     """And coloured ones get theirs as before, whatever else is in the batch."""
     colored = make_images(40, 32)
     images = torch.cat([colored, colored.mean(1, keepdim=True).expand(-1, 3, -1, -1)])
@@ -292,7 +292,7 @@ def test_settings_that_cannot_be(setting: dict, cause: str) -> None:
         SynthesisConfig(**setting)
 
 
-def test_empty_foreground_leaves_the_picture_normal() -> None:
+def test_empty_foreground_leaves_the_image_normal() -> None:
     images, masks, labels = synthesize_anomalies(
         make_images(3, 32), torch.zeros(3, 1, 32, 32), textures(32), generators(3), paper(anomaly_probability=1)
     )

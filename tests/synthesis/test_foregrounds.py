@@ -91,7 +91,7 @@ def test_mattes_from_a_segmentation_model(segformer: Path, tmp_path: Path) -> No
     assert segmentation_model_digest(str(segformer)) == segmentation_model_digest(str(segformer))
 
 
-def test_mattes_are_kept_for_the_same_picture_and_model(segformer: Path, tmp_path: Path) -> None:
+def test_mattes_are_kept_for_the_same_image_and_model(segformer: Path, tmp_path: Path) -> None:
     generator, folder = sample_generator(0), OutputFolder(tmp_path / "run", "train")
     pixels = torch.randint(0, 256, (3, 3, 32, 32), generator=generator).byte()
     names = ["part.png", "Hub/parts[1]", "../odd:name\udcff.png"]

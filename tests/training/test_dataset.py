@@ -30,7 +30,7 @@ def test_samples_do_not_depend_on_workers_or_order(workers: int) -> None:
     assert len(list(dataset)) == len(dataset) == 12
 
 
-def test_every_epoch_sees_every_picture_once_and_samples_anew() -> None:
+def test_every_epoch_sees_every_image_once_and_samples_anew() -> None:
     dataset = make_dataset(anomaly_probability=0.0)
     originals = dataset.images.float() / 255
     for epoch in range(4):
@@ -67,7 +67,7 @@ def test_rotation_keeps_size_range_and_the_middle() -> None:
     assert sum(torch.equal(a["images"], b["images"]) for a, b in zip(samples, plain)) == 0
 
 
-def test_crops_are_parts_of_the_pictures() -> None:
+def test_crops_are_parts_of_the_images() -> None:
     dataset = make_dataset(size=32, crop_size=16, anomaly_probability=0.0)
     originals = dataset.images.float() / 255
     for sample in list(dataset)[:6]:
@@ -76,7 +76,7 @@ def test_crops_are_parts_of_the_pictures() -> None:
         assert same.any()
 
 
-def test_validation_samples_are_good_pictures_and_anomalies_on_them() -> None:
+def test_validation_samples_are_good_images_and_anomalies_on_them() -> None:
     source = make_dataset()
     mattes = torch.zeros(3, 1, 32, 32, dtype=torch.uint8)
     mattes[:2] = 255  # the third picture gets no anomaly

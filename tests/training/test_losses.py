@@ -31,7 +31,7 @@ def networks(prediction_type: str = "epsilon") -> tuple:
     return unet, segmentation, NormGuidedOneStepScheduler(prediction_type=prediction_type)
 
 
-def test_noise_loss_counts_normal_pictures_only() -> None:
+def test_noise_loss_counts_normal_images_only() -> None:
     parts, mixed = networks(), batch([0.0, 1.0, 0.0])
     losses = training_losses(*parts, **mixed)
     only_normal = {key: value[:, ::2] if key in ("noise", "timesteps") else value[::2] for key, value in mixed.items()}
@@ -39,7 +39,7 @@ def test_noise_loss_counts_normal_pictures_only() -> None:
     torch.testing.assert_close(losses.loss, losses.noise_loss + losses.mask_loss)
 
 
-def test_a_batch_without_normal_pictures_still_teaches() -> None:
+def test_a_batch_without_normal_images_still_teaches() -> None:
     unet, segmentation, scheduler = networks()
     losses = training_losses(unet, segmentation, scheduler, **batch([1.0, 1.0]))
     assert losses.noise_loss == 0 and losses.loss.isfinite()

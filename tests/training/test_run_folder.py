@@ -120,7 +120,7 @@ def test_the_second_of_two_runs_in_one_folder_is_refused(config: Path, tmp_path:
     assert run_folder.find_checkpoint(output, "latest")
 
 
-def test_a_resume_with_other_pictures_is_refused(
+def test_a_resume_with_other_images_is_refused(
     whole: tuple[Path, float], config: Path, images: Path, tmp_path: Path
 ) -> None:
     output, data = tmp_path / "run", tmp_path / "data"
@@ -156,7 +156,7 @@ def described(names: list[str], digests: list[str], held_out: list[bool] | None 
     return run_images.describe_images(config, found, chosen) | other
 
 
-def test_what_differs_between_pictures_is_said(tmp_path: Path) -> None:
+def test_what_differs_between_images_is_said(tmp_path: Path) -> None:
     def changes(*now: Any, **other: Any) -> list[str]:
         return run_images.changed_images(tmp_path, described(*now, **other))
 
@@ -180,7 +180,7 @@ def test_what_differs_between_pictures_is_said(tmp_path: Path) -> None:
         changes(names, digests)
 
 
-def test_a_picture_of_a_dataset_without_files_is_known_by_its_pixels(images: Path, tmp_path: Path) -> None:
+def test_an_image_of_a_dataset_without_files_is_known_by_its_pixels(images: Path, tmp_path: Path) -> None:
     import datasets
 
     def digests(folder: str, files: list[Path]) -> list[str]:

@@ -324,7 +324,7 @@ def test_cudas_libraries_say_in_their_own_ways_that_memory_is_out(said: str) -> 
     assert "out of memory: lower --train_batch_size" in str(train.explain(RuntimeError(said)))
 
 
-def test_tensorboard_gets_losses_and_pictures(config: Path, tmp_path: Path) -> None:
+def test_tensorboard_gets_losses_and_images(config: Path, tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags = ["--report_to", "tensorboard", "--max_train_steps", "2", "--validation_steps", "2"]
     result = run(command(config, tmp_path / "tracked", *flags))
@@ -416,7 +416,7 @@ def test_an_occupied_folder_and_changed_settings(config: Path, trained: Path, tm
     assert yaml.safe_load((trained / "training_config.yaml").read_text())["seed"] == 0
 
 
-def test_overwriting_takes_a_run_and_its_pictures(config: Path, trained: Path, tmp_path: Path) -> None:
+def test_overwriting_takes_a_run_and_its_images(config: Path, trained: Path, tmp_path: Path) -> None:
     """Neither a typo nor a folder that is no run costs anything."""
     others = tmp_path / "pictures"
     others.mkdir()
@@ -440,7 +440,7 @@ def test_another_number_of_processes_is_refused(config: Path, trained: Path, tmp
         assert result.returncode == 1 and "written by 1 processes, here are 2" in result.stderr, result.stderr
 
 
-def test_unreadable_pictures_are_left_out_up_to_a_share(config: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_left_out_up_to_a_share(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     shutil.copytree(HAZELNUT / "train" / "good", folder)
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
