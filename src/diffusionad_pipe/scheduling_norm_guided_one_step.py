@@ -61,6 +61,18 @@ class NormGuidedOneStepScheduler(SchedulerMixin, ConfigMixin):
 
     Raises:
         ValueError: for an unknown `beta_schedule` or `prediction_type`, and for values outside their ranges.
+
+    Example:
+        >>> import torch
+        >>> from diffusionad_pipe import NormGuidedOneStepScheduler
+        >>> scheduler = NormGuidedOneStepScheduler()
+        >>> images, noise = torch.rand(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
+        >>> timesteps = torch.tensor([200, 200, 400, 400])  # the small scale of both pictures, then the large one
+        >>> noised = scheduler.add_noise(torch.cat([images, images]), torch.cat([noise, noise]), timesteps)
+        >>> prediction = torch.cat([noise, noise])  # in place of a UNet's, that of a perfect one
+        >>> output = scheduler.step(prediction, timesteps, noised)
+        >>> torch.allclose(output.prev_sample, images, atol=1e-4)
+        True
     """
 
     _compatibles = ["DDPMScheduler", "DDIMScheduler"]

@@ -91,6 +91,14 @@ class DiffusionADUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     Raises:
         ValueError: when the sizes do not fit one another or are outside what any network here would have.
+
+    Example:
+        >>> import torch
+        >>> from diffusionad_pipe import DiffusionADUNet2DModel
+        >>> unet = DiffusionADUNet2DModel(sample_size=64, block_out_channels=(32, 64), attention=(False, True))
+        >>> noised, timesteps = torch.randn(2, 3, 64, 64), torch.tensor([200, 400])  # one scale for each
+        >>> unet(noised, timesteps).sample.shape
+        torch.Size([2, 3, 64, 64])
     """
 
     _supports_gradient_checkpointing = True

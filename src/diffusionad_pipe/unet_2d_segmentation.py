@@ -58,6 +58,16 @@ class SegmentationUNet2DModel(ModelMixin, ConfigMixin):
 
     Raises:
         ValueError: for an unknown `norm_type` or absurd widths.
+
+    Example:
+        >>> import torch
+        >>> from diffusionad_pipe import SegmentationUNet2DModel
+        >>> segmentation = SegmentationUNet2DModel(base_channels=8).eval()
+        >>> images, reconstructions = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
+        >>> logits = segmentation(torch.cat([images, reconstructions], dim=1)).logits
+        >>> anomaly_maps = logits.sigmoid()
+        >>> anomaly_maps.shape
+        torch.Size([2, 1, 64, 64])
     """
 
     _supports_gradient_checkpointing = True

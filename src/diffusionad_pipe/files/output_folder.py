@@ -30,9 +30,6 @@ SUPERSEDED = 1000  # lines of contents that are no more, from which on the recor
 class OutputFolder:
     """The folder that a command writes its results into.
 
-        with OutputFolder("results", "predict") as folder:
-            folder.write("map.png", image.save)
-
     Inside `with` no other run can have it. Without, single files can be written beside a run, as the processes that
     share its work do.
 
@@ -40,6 +37,14 @@ class OutputFolder:
         path: is made when something is written.
         writer: the command. What other commands of this package wrote into the folder is not its own.
         option: by which the user chose the folder, for messages.
+
+    Example:
+        >>> import tempfile
+        >>> place = tempfile.mkdtemp()
+        >>> with OutputFolder(place, "predict") as folder:
+        ...     file = folder.write_text("scores/table.csv", "path,score")
+        >>> file.read_text(), OutputFolder(place, "predict").owns("scores/table.csv")
+        ('path,score', True)
     """
 
     def __init__(self, path: str | os.PathLike[str], writer: str = "", option: str = "--output") -> None:

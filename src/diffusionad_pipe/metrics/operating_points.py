@@ -23,6 +23,15 @@ class OperatingPoints(NamedTuple):
         overlap: `[K]` in [0, 1], the mean share of a region that is called anomalous.
         positives: number of all positives.
         negatives: number of all negatives.
+
+    Example:
+        >>> import numpy as np
+        >>> from diffusionad_pipe.metrics.operating_points import rank
+        >>> points = rank(positive=np.array([0.9, 0.8, 0.4]), negative=np.array([0.5, 0.3, 0.2, 0.1]))
+        >>> points.true_positives.tolist(), points.false_positives.tolist()
+        ([1, 2, 3], [0, 0, 1])
+        >>> round(points.auroc(), 4), points.f1_max_threshold()
+        (0.9167, 0.4)
     """
 
     thresholds: np.ndarray

@@ -25,6 +25,19 @@ class StreamingAnomalyMetrics:
 
     Args:
         fpr_limits: limits for the AU-PRO.
+
+    Example:
+        >>> import numpy as np
+        >>> from diffusionad_pipe.metrics import StreamingAnomalyMetrics
+        >>> metrics = StreamingAnomalyMetrics()
+        >>> for label in (0, 1, 0, 1):
+        ...     mask = np.zeros((32, 32), dtype=bool)
+        ...     mask[:4, :4] = label
+        ...     anomaly_map = 0.9 * mask + 0.1
+        ...     metrics.update(anomaly_map, mask, image_scores=anomaly_map.max(), labels=label)
+        >>> results = metrics.compute()
+        >>> round(results["image_auroc"], 4), round(results["pixel_auroc"], 4), round(results["au_pro_0.30"], 4)
+        (1.0, 1.0, 1.0)
     """
 
     def __init__(self, fpr_limits: Sequence[float] = (0.3, 0.05)) -> None:
