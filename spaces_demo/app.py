@@ -44,7 +44,7 @@ if __name__ == "__main__":
     )
     try:
         demo.launch(
-            # Gradio takes the variable for the first of a hundred ports to try. Who names a port wants that one.
+            # Gradio's variable names the first of a hundred ports to try, this argument the only one.
             server_port=SERVER.port,
             theme=theme,
             css_paths=HERE / "style.css",
@@ -63,7 +63,7 @@ if __name__ == "__main__":
             f"port {SERVER.port or '7860 to 7959'} is in use: set GRADIO_SERVER_PORT to another one"
         ) from error
     try:
-        load_model(DEFAULT, MENU[DEFAULT])  # whoever is quicker waits for this copy
+        load_model(DEFAULT, MENU[DEFAULT])  # a visitor who comes earlier waits for this copy
     except ValueError as error:
         raise SystemExit(str(error)) from error
     demo.block_thread()

@@ -84,7 +84,7 @@ class Detection:
 
 
 class Finding(NamedTuple):
-    """A detection judged by the thresholds.
+    """A detection compared with the thresholds.
 
     Args:
         verdict: what [`decide`] says.
@@ -133,7 +133,7 @@ def run_model(pipe: "DiffusionADPipeline", model: str, path: str, name: str, set
     try:
         image = open_image(path, max_pixels=MAX_PIXELS)
     except ValueError as error:
-        # A visitor cannot raise the limit, and nobody needs a path of the server.
+        # A visitor cannot raise the limit, and must not see a path of the server.
         message = str(error).removeprefix(f"{path}: ").replace(OR_RAISE_MAX_PIXELS, "")
         raise ValueError(message) from error
 

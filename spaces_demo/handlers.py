@@ -168,7 +168,7 @@ def write_png(image: Image.Image | None) -> str | None:
 
 
 def apply_other_thresholds(detection: Detection | None, image_threshold, pixel_threshold):
-    """Judge the last picture by other thresholds, without another run of the model.
+    """Compare the last picture with other thresholds, without another run of the model.
 
     Args:
         detection: the visitor's last one.

@@ -60,7 +60,7 @@ STEP_LABELS = (
 
 BUTTONS = ["fullscreen", "download"]  # and none that shares a picture with another site
 
-# At the end Gradio deletes all; until then it is delete_old_files that does.
+# Gradio deletes all files when it ends, delete_old_files those that are too old before.
 with gr.Blocks(title="DiffusionAD", delete_cache=(10**9, KEEP_SECONDS)) as demo:
     gr.Markdown(INTRODUCTION)
     detection = gr.State(time_to_live=KEEP_SECONDS)

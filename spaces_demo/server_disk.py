@@ -30,7 +30,7 @@ def written_for_visitor() -> Iterator[None]:
 def delete_old_files(demo: "gr.Blocks", keep_seconds: int) -> None:
     """Delete uploads and results that are older than so many seconds, again and again.
 
-    Gradio would, but its task ends for ever when a file comes in while it looks (6.31: "Set changed size").
+    Gradio would, but its task ends when a file comes in while it looks (6.31: "Set changed size").
     """
     examples = {file for block in demo.blocks.values() for file in getattr(block, "keep_in_cache", ())}
     while True:

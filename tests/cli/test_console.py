@@ -83,7 +83,7 @@ def test_an_output_that_cannot_be_used_ends_nothing(tmp_path, shell, unbuffered)
 
 
 @pytest.mark.slow
-def test_help_that_nobody_reads():
+def test_help_without_a_reader():
     script = "from diffusionad_pipe.cli import app; app()"
     done = subprocess.run(
         ["bash", "-c", '"$0" -c "$1" --help | true; exit ${PIPESTATUS[0]}', sys.executable, script], capture_output=True

@@ -104,7 +104,7 @@ def test_a_partial_download(tmp_path: Path) -> None:
     assert set(found(root, "error", category="candle")) == set(gone)
 
 
-def test_images_that_nobody_would_notice(tmp_path: Path) -> None:
+def test_images_that_are_easily_overlooked(tmp_path: Path) -> None:
     root = tmp_path / "bottle"
     layouts.mvtec_ad(tmp_path)
     layouts.images(root, ["test/000.png", "train/bad/000.png", "005.png"])

@@ -275,7 +275,7 @@ def test_the_report_leaves_out_images_that_are_gone(model: Path, data: Path, tmp
     Image.new("RGB", (48, 40)).save(data / "test" / "good" / "1.png")
     write_evaluation_report([result], "part", OutputFolder(tmp_path / "out", "evaluate"), {})
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "2 pictures are not shown: they are no longer what was judged" in page
+    assert "2 pictures are not shown: their files have changed or are gone" in page
     assert "scratch/0.png" in page and "good/0.png" not in page and "good/1.png" not in page
 
 

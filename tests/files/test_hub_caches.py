@@ -26,7 +26,7 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(params=["a file in its place", "no folder can be made there"])
 def nowhere(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder that nobody can make, whoever he is."""
+    """A folder that no user can make."""
     (tmp_path / "file").touch()
     return tmp_path / "file" / "cache" if request.param.startswith("a file") else Path("/proc/nowhere/cache")
 

@@ -183,7 +183,7 @@ def test_no_two_files_share_a_name(names: list[str]) -> None:
     assert len(set(files)) == len(files) and not {"b.png", "a-3_map.png"} & set(files)
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc").is_dir(), reason="needs a place nobody can write to")
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc").is_dir(), reason="needs a place that no user can write to")
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "out", Path("/proc/out")):

@@ -97,7 +97,7 @@ acceleration.join_processes()
 
 
 def test_processes_that_never_come_are_not_waited_for_for_ever(tmp_path: Path) -> None:
-    """Variables that another job left behind are whole, and nobody is at the address."""
+    """Variables that another job left behind are complete, and nothing listens at the address."""
     script = tmp_path / "join.py"
     script.write_text(JOIN)
     with socket.socket() as free:

@@ -57,7 +57,7 @@ class Broken(io.StringIO):
 
 
 @pytest.mark.parametrize("stream", [None, Broken()])
-def test_nobody_who_reads_ends_nothing(clock, monkeypatch, stream):
+def test_a_closed_standard_error_ends_nothing(clock, monkeypatch, stream):
     monkeypatch.setattr(sys, "stderr", stream)
     for _ in tracked(range(3), "reading"):
         clock.now += 60

@@ -44,7 +44,7 @@ def config(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A run that nobody disturbed, and the seconds that it took."""
+    """An undisturbed run, and the seconds that it took."""
     output, started = tmp_path_factory.mktemp("runs") / "whole", time.monotonic()
     result = run(command(config, output))
     assert result.returncode == 0, result.stderr
@@ -72,7 +72,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on(
         folder = OutputFolder(output, "train")
         found = {name: digest for name, digest in contents(output).items() if not name.startswith(PRIVATE)}
         assert {name: found.pop(name) for name in mine} == mine
-        assert all(folder.owns(name) for name in found), "half a file, or nobody's"
+        assert all(folder.owns(name) for name in found), "half a file, or one without a record"
         for manifest in output.glob(f"*/{run_folder.MANIFEST}"):
             assert run_folder.find_damage(manifest.parent) is None
         assert contents(images) == before

@@ -161,7 +161,7 @@ def test_resuming_from_the_checkpoint_before_a_damaged_one(trained: Path, config
     assert result.returncode == 0 and "DAMAGED" in result.stderr and "at step 4" in result.stderr, result.stderr
     assert_same_weights(trained, output)
     assert run_folder.find_checkpoint(output, "latest") == output / "checkpoint-0000006"
-    aside = output / "checkpoint-0000006-set-aside-1"  # what was not as it was written is deleted by nobody
+    aside = output / "checkpoint-0000006-set-aside-1"  # what was not as it was written is not deleted
     assert [path.name for path in aside.iterdir()] == ["optimizer.bin"] and str(aside) in result.stderr
 
 

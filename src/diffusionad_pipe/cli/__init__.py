@@ -24,7 +24,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 
 
 class Commands(TyperGroup):
-    """All commands; what they print, their help too, ends nothing where nobody reads it."""
+    """All commands; a closed standard output, of their help too, ends none of them."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         keep_writable()

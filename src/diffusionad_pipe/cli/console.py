@@ -91,7 +91,7 @@ class _Lossy(io.RawIOBase):
 
 def keep_writable() -> None:
     """From now on this process can print anything, whatever its standard output and standard error are: closed, a pipe
-    that nobody reads, a full disk, of an encoding without the letters of a name. The results are in files."""
+    without a reader, a full disk, of an encoding without the letters of a name. The results are in files."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__"):  # somebody's own

@@ -50,7 +50,7 @@ def category_report(result: CategoryResult) -> CategoryReport:
     gallery = [image for image in drawn if image is not None]
     remarks = list(result.remarks)
     if len(gallery) < len(drawn):
-        remarks.append(f"{len(drawn) - len(gallery)} pictures are not shown: they are no longer what was judged")
+        remarks.append(f"{len(drawn) - len(gallery)} pictures are not shown: their files have changed or are gone")
     return CategoryReport(
         name=result.category,
         metrics={name: value for name, value in result.metrics.items() if name in METRIC_NAMES},

@@ -120,7 +120,7 @@ class OutputFolder:
                 )
 
     def write(self, name: str, write: Callable[[Path], object]) -> Path:
-        """Write a file so that nobody ever sees half of it, and an older one survives a failure.
+        """Write a file so that it appears as a whole, and an older one survives a failure.
 
         Args:
             name: relative to the folder, with slashes; sub-folders are made.
@@ -324,7 +324,7 @@ class OutputFolder:
         return Content(status.st_size, status.st_mtime_ns, sha256 or sha256_of(file), self.writer)
 
     def _move(self, temporary: Path, name: str) -> None:
-        """The record comes first: whoever kills us in between leaves a line too many, and no file of nobody's."""
+        """The record comes first: a kill in between leaves a line too many, and no file without a record."""
         place = self._place(name)
         self._add({name: self._content(temporary)})
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -349,7 +349,7 @@ class OutputFolder:
             try:
                 with open(temporary, "w", encoding="ascii") as file:
                     for name, contents in record.items():
-                        # The last but one may be there: whoever wrote the last was killed before it was in its place.
+                        # The last but one may be there: who wrote the last was killed before it was in its place.
                         growing = [content for content in contents if content.size < 0]
                         kept = dict.fromkeys([*growing, *contents[-2:]])
                         file.writelines(json.dumps([name, *content]) + "\n" for content in kept)

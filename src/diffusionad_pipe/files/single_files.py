@@ -23,7 +23,7 @@ def write_file(
 
 
 def edit_file(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file anew that the user has asked to change, whoever wrote it: a model's card, say.
+    """Write a text file anew that the user has asked to change, such as a model's card; who wrote it does not matter.
 
     It is ours afterwards only if it was before. In the text, what is no Unicode is escaped.
 

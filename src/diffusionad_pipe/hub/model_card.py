@@ -58,7 +58,7 @@ def write_model_card(
             "datasets": [dataset] if on_the_hub else None,
             "base_model": base if base_on_the_hub else None,
         },
-        # The folder's name only: where it lay on the machine is nobody's business.
+        # The folder's name only: its place on the machine is not published.
         training_data=config["dataset_title"]
         or (dataset if on_the_hub else Path(config["train_data_dir"] or dataset).name),
         base=base if base is None or base_on_the_hub else Path(base).name,
@@ -240,4 +240,4 @@ def _save(folder: str | os.PathLike[str], card: ModelCard) -> None:
 
 
 def _text_of(card: ModelCard) -> str:
-    return re.sub("\n{3,}", "\n\n", str(card)).rstrip("\n") + "\n"  # what the template leaves out leaves gaps
+    return re.sub("\n{3,}", "\n\n", str(card)).rstrip("\n") + "\n"  # empty lines of what the template leaves out

@@ -39,7 +39,7 @@ def push_model(folder: str | os.PathLike[str], repository: str, *, private: bool
     folder = Path(folder)
     check_pipeline_folder(folder)
     if not (folder / "README.md").is_file():
-        write_plain_card(folder, "How this model was trained is not known to whoever published it here.")
+        write_plain_card(folder, "How this model was trained is not known to who published it here.")
     hub = HfApi()
     repository = hub.create_repo(repository, exist_ok=True, private=private or None).repo_id
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

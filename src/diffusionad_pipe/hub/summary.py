@@ -1,4 +1,4 @@
-"""What a model is, from its files: for a person who has been handed one."""
+"""What a model is, from its files."""
 
 import os
 from pathlib import Path

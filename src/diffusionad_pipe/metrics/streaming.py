@@ -185,7 +185,7 @@ def error_bounds(points: OperatingPoints, fpr_limits: Sequence[float]) -> dict[s
     # The thresholds between bins are among the true ones, so the exact F1 is not smaller.
     f1_best = np.max(2 * after / (after + above + points.positives))
 
-    # In a bin's rectangle of the PRO curve the exact curve rises somehow, where the metric takes the diagonal.
+    # How the exact PRO curve rises inside a bin is not known; the metric takes the diagonal.
     rise = points.added(points.overlap)
     width = (below - above) / points.negatives
     au_pro = []

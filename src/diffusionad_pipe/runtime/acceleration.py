@@ -104,7 +104,7 @@ def find_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name)
         torch.ones(1, dtype=torch.float32, device=device).item()  # torch learns only then whether it is there
-    except Exception as error:  # every kind of device fails in a way of its own
+    except Exception as error:  # every kind of device raises errors of its own kind
         if is_out_of_memory(error):
             raise MemoryError(
                 f"the device {name} has no memory left: end what else uses it, or take another"
@@ -151,7 +151,7 @@ def compile_networks(networks: Iterable[nn.Module], device: torch.device, **opti
         # number is never the same, so that nothing compiled earlier is found in torch's cache.
         number = time.time_ns() % 10**9
         torch.compile(lambda x: x + number, **options)(torch.zeros(8, dtype=torch.float32, device=device))
-    except Exception as error:  # whatever is missing fails in a way of its own, in the depths of torch
+    except Exception as error:  # what is missing raises an error of its own kind inside torch
         cause = str(error).strip().splitlines()[0]
         logger.warning(
             f"torch.compile does not work for {device.type} here ({cause}): the networks stay uncompiled, with the "

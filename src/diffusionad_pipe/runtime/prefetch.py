@@ -7,7 +7,7 @@ from queue import Full, Queue
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-PATIENCE = 0.1  # seconds after which a thread that waits for room looks whether anybody still wants its items
+PATIENCE = 0.1  # seconds after which a thread that waits for room looks whether its items are still wanted
 
 
 def prefetched(items: Iterable[Item], ahead: int = 2) -> Iterator[Item]:
@@ -42,7 +42,7 @@ def prefetched(items: Iterable[Item], ahead: int = 2) -> Iterator[Item]:
                         iterator.close()
                     return
             put("end", None)
-        except BaseException as error:  # whatever it is, the consumer shall see it, and not wait for ever
+        except BaseException as error:  # of any kind: the consumer gets it in place of an item that would never come
             put("error", error)
 
     threading.Thread(target=work, daemon=True).start()

@@ -69,7 +69,7 @@ class ProgressBar:
         elif self.shown and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
             reached = str(self.count) if self.total is None else f"{self.count} of {self.total}"
-            with suppress(OSError, ValueError, AttributeError):  # nobody reads it, or there is no standard error
+            with suppress(OSError, ValueError, AttributeError):  # it is closed, or there is no standard error
                 print(": ".join(filter(None, (self.description, reached, self.values))), file=sys.stderr, flush=True)
 
     def close(self) -> None:
