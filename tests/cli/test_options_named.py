@@ -53,6 +53,9 @@ SAID_BY = {
     "cli/training PREVIEW_DESCRIPTION": "preview-synthesis",
     "cli/training preview_parser": "preview-synthesis",
 }
+# The commands of the page of benchmarks are others; tests/test_readme.py has them.
+PAGES = [ROOT / "README.md", ROOT / "training" / "README.md", *sorted((ROOT / "docs").glob("[!b]*.md"))]
+OF_PIP = {"--no-deps"}
 SCRIPTS = {"train": "train", "evaluate": "evaluate"}
 # What `accelerate launch` is told, and not the command.
 LAUNCHER = {"--multi_gpu", "--quiet"}
@@ -110,6 +113,14 @@ def test_every_option_that_is_named_exists(file: Path) -> None:
     for function, option in named_options(file):
         for command in commands_that_say(file, function, option):
             assert option in options_of(command), f"{file.name}, {function}: {command} has no {option}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_every_option_on_a_page_exists(page: Path) -> None:
+    text = re.sub(r"`python benchmarks/[^`]*`", "", page.read_text(encoding="utf-8"))  # of others than the commands
+    known = set().union(*(options_of(command) for command in [*typer.main.get_command(app).commands, LAUNCH]))
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", text))
+    assert named - OF_PIP <= known | {"--help"}, sorted(named - OF_PIP - known)
 
 
 def test_textures_that_are_tolerated(tmp_path: Path) -> None:
