@@ -12,7 +12,7 @@ score of a thousand good tiles is above that of one: calibrate `image_threshold`
 """
 
 from collections.abc import Callable, Iterable
-from math import ceil, inf
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from .image_processor import DiffusionADImageProcessor, ImageInput
 from .runtime.acceleration import explained_out_of_memory
+from .tile_grid import blend_weights, tile_starts
 
 
 class Tiling(NamedTuple):
@@ -32,40 +33,6 @@ class Tiling(NamedTuple):
 
     tile_size: int
     overlap: float
-
-
-def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
-    """Where tiles begin along one side: evenly spread, the first at 0, the last ending with the picture.
-
-    Args:
-        length: of the side in pixels, at least `tile`.
-        tile: length of a tile in pixels.
-        overlap: the least share of a tile that its neighbour has in common with it, in [0, 1).
-    """
-    stride = max(1, tile - round(tile * overlap))
-    steps = ceil((length - tile) / stride)
-    return [round(step * (length - tile) / max(steps, 1)) for step in range(steps + 1)]
-
-
-def blend_weights(starts: list[int], tile: int) -> torch.Tensor:
-    """Weight of each pixel of each tile along one side, `[tiles, tile]` float32; they add up to 1 at every pixel.
-
-    Where two tiles overlap, one falls linearly from 1 to 0 as the other rises.
-
-    Args:
-        starts: as [`tile_starts`] gives them.
-        tile: length of a tile in pixels.
-    """
-    length = starts[-1] + tile
-    # The least overlap: a ramp as long is 1 in the middle of every tile, where there is a middle.
-    ramp = min([tile] + [a + tile - b for a, b in zip(starts, starts[1:])])
-    position = torch.arange(tile, dtype=torch.float64, device="cpu")
-    edge = torch.minimum(position + 0.5, tile - position - 0.5)
-    weights = (edge / max(ramp, 1)).clamp(max=1).expand(len(starts), -1)
-    total = torch.zeros(length, dtype=torch.float64, device="cpu")
-    for start, weight in zip(starts, weights):
-        total[start : start + tile] += weight
-    return torch.stack([weight / total[start : start + tile] for start, weight in zip(starts, weights)]).float()
 
 
 class LargeImage(NamedTuple):
@@ -146,7 +113,8 @@ def detect_in_tiles(
     """
     (height, width), (tile_height, tile_width) = processor.size(image.pixels), image.tile
     rows, columns = tile_starts(height, tile_height, overlap), tile_starts(width, tile_width, overlap)
-    row_weights, column_weights = blend_weights(rows, tile_height), blend_weights(columns, tile_width)
+    row_weights = torch.from_numpy(blend_weights(rows, tile_height))
+    column_weights = torch.from_numpy(blend_weights(columns, tile_width))
     maps, reconstructions = (
         torch.zeros(1, channels, height, width, dtype=torch.float32, device="cpu") for channels in (1, 3)
     )

@@ -48,7 +48,7 @@ SAID_BY = {
     "cli/options load_pipeline": "predict calibrate",
     "cli/evaluate": "evaluate",
     "cli/calibrate": "calibrate",
-    "cli/options chosen_tiling": "predict evaluate calibrate",
+    "cli/options chosen_tiling": "predict evaluate calibrate export",
     "cli/training TRAIN_DESCRIPTION": "train",
     "cli/training PREVIEW_DESCRIPTION": "preview-synthesis",
     "cli/training preview_parser": "preview-synthesis",

@@ -2,6 +2,7 @@
 
 import os
 from enum import StrEnum
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +16,11 @@ from ..hub.push import push_model, push_space
 from ..hub.space_folder import write_space
 from ..hub.summary import summarize
 from ..images.files import MAX_PIXELS, ImageFileError, find_images, open_image
+from ..images.pixels import MAX_ASPECT_RATIO
 from ..images.sources import find_files
 from ..pipeline_diffusionad import DiffusionADPipeline
 from .console import USER_ERRORS, fail, needed_packages, output_console
-from .options import MaxPixels
+from .options import MaxPixels, TileOverlap, TileSize, chosen_tiling
 
 Model = Annotated[str, typer.Argument(help="Folder of a saved pipeline, or its id on the Hugging Face Hub.")]
 
@@ -109,6 +111,8 @@ def export(
         Path | None, typer.Option(help="Folder of good pictures that the ranges for --int8 are taken from.")
     ] = None,
     calibration_count: Annotated[int, typer.Option(min=1, help="How many of them at most.")] = 100,
+    tile_size: TileSize = None,
+    tile_overlap: TileOverlap = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     license: Annotated[str | None, typer.Option(help="Of the weights. Default: what the model card says.")] = None,
 ) -> None:
@@ -117,6 +121,9 @@ def export(
     It is the whole detector, from picture to map and score. Thresholds, sizes and licence are in its metadata;
     `diffusionad_pipe.exported.ExportedDetector` runs it. Says how far its map and score are from the pipeline's on one
     picture. Exit code: 0, or 2 for wrong usage.
+
+    With --tile-size the file works at that size. ExportedDetector cuts pictures that are larger in height and width,
+    enlarges those that are smaller in both, and refuses others.
 
     \b
     diffusionad export runs/mine --output detector.onnx
@@ -128,6 +135,8 @@ def export(
     try:
         if int8 and calibration is None:
             raise ValueError("--int8 needs --calibration: a folder with good pictures, those you trained on will do")
+        tiling = chosen_tiling(tile_size, tile_overlap)
+        ratio = MAX_ASPECT_RATIO if tiling is None else inf
         images, failures = [], []
         if calibration is not None:
             # Spread over the folder: its first pictures may all be from one day.
@@ -135,7 +144,8 @@ def export(
             chosen = files[:: -(-len(files) // calibration_count)]
             for file in chosen:
                 try:
-                    images.append(to_rgb_uint8(open_image(file, max_pixels=max_pixels)))
+                    image = open_image(file, max_pixels=max_pixels, max_aspect_ratio=ratio)
+                    images.append(to_rgb_uint8(image, max_aspect_ratio=ratio))
                 except ImageFileError as error:
                     failures.append(str(error))
             if not images:
@@ -143,6 +153,8 @@ def export(
         diffusers_logging.disable_progress_bar()
         pipe = DiffusionADPipeline.from_pretrained(model)
         pipe.set_progress_bar_config(disable=True)
+        if tiling is not None:
+            pipe.enable_tiling(*tiling)
         with needed_packages("export"):  # each format imports its own
             result = export_detector(
                 pipe,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,20 +23,32 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..images.pixels import check_kind, check_size, check_unit_range, over_background, read_pil, to_unit_range
+from ..images.pixels import (
+    MAX_ASPECT_RATIO,
+    check_kind,
+    check_size,
+    check_unit_range,
+    over_background,
+    read_pil,
+    to_unit_range,
+)
 from ..runtime.config_values import is_finite
 from ..runtime.prefetch import prefetched
+from ..scoring import score_pixels
+from .tiles import can_be_cut, detect_in_tiles, mean_of_largest
 
 if TYPE_CHECKING:
     import openvino
 
 ImageInput: TypeAlias = Image.Image | NDArray[Any]
 # Pictures [B, H, W, 3] uint8 -> maps [B, H, W], scores [B] and, if wanted, reconstructions [B, H, W, 3], all float32.
-Graph: TypeAlias = Callable[[NDArray[np.uint8]], Sequence[NDArray[np.float32]]]
+# A graph of tiles takes their corners too, see [`TileGraph`].
+Graph: TypeAlias = Callable[..., Sequence[NDArray[np.float32]]]
 # Of one picture: map [H, W, 1], score [] and, if wanted, reconstruction [H, W, 3].
 Found: TypeAlias = tuple[NDArray[np.float32], ...]
 
 FORMAT_VERSION = 1  # raised when this module could no longer run an older file, or an older module a newer file
+TILES_FORMAT_VERSION = 2  # of a file whose graph takes tiles
 METADATA_KEY = "diffusionad"
 OUTPUTS = ("anomaly_map", "score", "reconstruction")
 LARGEST_BATCH = 16
@@ -69,6 +82,9 @@ class ExportedDetectorOutput:
 
 class ExportedDetector:
     """An exported detector, called like [`DiffusionADPipeline`].
+
+    One that was exported with tiling cuts pictures larger than a tile, as the pipeline does; both of their sides must
+    then be at least a tile's.
 
     Args:
         path: the `.onnx` file (runs in ONNX Runtime), the `.xml` file beside its `.bin` (OpenVINO), or the `.pt2` file
@@ -156,7 +172,7 @@ class ExportedDetector:
             image: a picture, or a list of pictures of any sizes: PIL, or arrays `[H, W]` or `[H, W, 1|3|4]` (bool,
                 uint8, uint16, or floats in [0, 1]; the graph takes 8 bits a channel, so finer values are rounded), or a
                 batched array `[B, H, W, C]`.
-            batch_size: pictures of one size in one run of the graph, at most 16; None is 1.
+            batch_size: pictures of one size, or tiles, in one run of the graph, at most 16; None is 1.
             output_type: `"pil"` or `"np"`.
             return_dict: False returns a tuple in the order of the output's fields.
 
@@ -168,7 +184,7 @@ class ExportedDetector:
             ValueError: for pictures or arguments that cannot be used, and a file that gives NaN.
         """
         batch_size = _check_arguments(1 if batch_size is None else batch_size, output_type)
-        images = [to_rgb_uint8(image) for image in _split(image)]
+        images = [self._read(image) for image in _split(image)]
         output = self._to_output(list(self._detect(images, batch_size)), output_type)
         return output if return_dict else tuple(getattr(output, name) for name in output.__dataclass_fields__)
 
@@ -180,7 +196,7 @@ class ExportedDetector:
         Args:
             images: single pictures of any kind and size; an iterator is read in the background, as results are asked
                 for, and at most a batch ahead.
-            batch_size: pictures of one size in one run of the graph, at most 16; None is 8.
+            batch_size: pictures of one size, or tiles, in one run of the graph, at most 16; None is 8.
             output_type: `"pil"` or `"np"`.
 
         Yields:
@@ -196,7 +212,7 @@ class ExportedDetector:
     def _stream(
         self, images: Iterable[ImageInput], batch_size: int, output_type: str
     ) -> Iterator[ExportedDetectorOutput]:
-        arrays, done = prefetched(map(to_rgb_uint8, images), batch_size), 0
+        arrays, done = prefetched(map(self._read, images), batch_size), 0
         while batch := list(islice(arrays, batch_size)):
             for found in self._detect(batch, batch_size, done):
                 yield self._to_output([found], output_type)
@@ -209,8 +225,9 @@ class ExportedDetector:
         while start < len(images):
             batch = images[start : start + batch_size]
             count = next((i for i, image in enumerate(batch) if image.shape != batch[0].shape), len(batch))
-            maps, *others = self.graph(np.stack(batch[:count]))
-            for index, found in enumerate(zip(maps[..., None], *others)):
+            if self._is_cut(batch[0]):
+                count = 1
+            for index, found in enumerate(self._run(batch[:count], batch_size)):
                 # NaN is above no threshold, so the picture would pass as good.
                 if not all(np.isfinite(part).all() for part in found):
                     raise ValueError(
@@ -219,6 +236,39 @@ class ExportedDetector:
                     )
                 yield found
             start += count
+
+    def _read(self, image: ImageInput) -> NDArray[np.uint8]:
+        """A picture as the graph takes it."""
+        if self.metadata["tiling"] is None:
+            return to_rgb_uint8(image)
+        array = to_rgb_uint8(image, max_aspect_ratio=inf)
+        (height, width), tile = array.shape[:2], self.metadata["tiling"][0]
+        if not can_be_cut(array, tile):
+            raise ValueError(
+                f"a picture of {height} x {width} pixels, which {self.path} cuts into tiles of {tile}: resize it so "
+                "that both sides have as many pixels, or none has more"
+            )
+        if not self._is_cut(array):
+            check_size(height, width)
+        return array
+
+    def _is_cut(self, image: NDArray[np.uint8]) -> bool:
+        """Whether a picture is larger than a tile."""
+        return self.metadata["tiling"] is not None and max(image.shape[:2]) > self.metadata["tiling"][0]
+
+    def _run(self, images: list[NDArray[np.uint8]], batch_size: int) -> Iterator[Found]:
+        """Run the graph on pictures of one size, or on the tiles of one picture."""
+        if self.metadata["tiling"] is None:
+            maps, *others = self.graph(np.stack(images))
+            yield from zip(maps[..., None], *others)
+        elif self._is_cut(images[0]):
+            tile, overlap = self.metadata["tiling"]
+            whole, *reconstructions = detect_in_tiles(images[0], tile, overlap, batch_size, self.graph)
+            pixels = score_pixels(self.metadata["score_top_k"], whole.size, tile**2)
+            yield whole.clip(0, 1), mean_of_largest(whole, pixels), *reconstructions
+        else:
+            maps, *others = self.graph(np.stack(images), np.zeros((len(images), 2), dtype=np.int64))
+            yield from zip(maps[..., None], *others)
 
     def _to_output(self, found: list[Found], output_type: str) -> ExportedDetectorOutput:
         maps, scores, *reconstructions = (list(parts) for parts in zip(*found))
@@ -249,8 +299,12 @@ def _check_arguments(batch_size: int, output_type: str) -> int:
     return batch_size
 
 
-def to_rgb_uint8(image: ImageInput) -> NDArray[np.uint8]:
+def to_rgb_uint8(image: ImageInput, *, max_aspect_ratio: float = MAX_ASPECT_RATIO) -> NDArray[np.uint8]:
     """Turn one picture into uint8 RGB `[H, W, 3]`; transparent pixels are put on white, as the pipeline does.
+
+    Args:
+        image: PIL, or an array `[H, W]` or `[H, W, 1|3|4]`.
+        max_aspect_ratio: longer pictures are refused; infinity where they are cut into tiles.
 
     Raises:
         TypeError: for something that is not a picture.
@@ -260,11 +314,11 @@ def to_rgb_uint8(image: ImageInput) -> NDArray[np.uint8]:
         raise TypeError(
             f"a picture must be a PIL image or a NumPy array, not {type(image).__name__}; open files with open_image"
         )
-    array = read_pil(image) if isinstance(image, Image.Image) else image
+    array = read_pil(image, max_aspect_ratio=max_aspect_ratio) if isinstance(image, Image.Image) else image
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
         raise ValueError(f"array of shape {array.shape}; make it [H, W] or [H, W, C] with C = 1, 3 or 4")
-    check_size(*array.shape[:2])
+    check_size(*array.shape[:2], max_aspect_ratio=max_aspect_ratio)
     floating = np.issubdtype(array.dtype, np.floating)
     check_kind(array.dtype.name, floating)
     if floating:
@@ -297,10 +351,10 @@ def _read_metadata(path: Path, text: str | None) -> dict[str, Any]:
         version = int(metadata["format_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise ExportedFileError(f"{path} was not written by `diffusionad export`: it lacks its metadata") from error
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, TILES_FORMAT_VERSION):
         written = f"{path} has format {version}, written by diffusionad_pipe {metadata.get('library_version')}"
         raise ExportedFileError(f"{written}; this version runs format {FORMAT_VERSION}: export the model again with it")
-    return metadata
+    return {"tiling": None, **metadata}
 
 
 def _load_onnx(
@@ -315,8 +369,8 @@ def _load_onnx(
         setattr(settings, name, value)
     session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    name = session.get_inputs()[0].name
-    return text, lambda images: session.run(outputs, {name: images})
+    names = [one.name for one in session.get_inputs()]
+    return text, lambda *arrays: session.run(outputs, dict(zip(names, arrays)))
 
 
 @cache
@@ -350,9 +404,9 @@ def _load_openvino(
     device = options.pop("DEVICE", "CPU")
     compiled = core.compile_model(model, device, {**properties, **options})
 
-    def run(images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    def run(*arrays: NDArray[Any]) -> list[NDArray[np.float32]]:
         request = compiled.create_infer_request()  # one for each call: threads may share a detector
-        return [result.copy() for result in request.infer(images).values()]
+        return [result.copy() for result in request.infer(list(arrays)).values()]
 
     return text, run
 
@@ -367,9 +421,9 @@ def _load_torch(
     extra = {METADATA_KEY: ""}
     module = torch.export.load(path, extra_files=extra).module()
 
-    def run(images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    def run(*arrays: NDArray[Any]) -> list[NDArray[np.float32]]:
         with torch.no_grad():
-            found = module(torch.from_numpy(images))
+            found = module(*map(torch.from_numpy, arrays))
         return [result.numpy() for result in found[: len(outputs)]]
 
     return extra[METADATA_KEY], run

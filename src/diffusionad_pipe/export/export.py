@@ -25,7 +25,8 @@ from ..pipeline_diffusionad import DiffusionADPipeline
 from ..runtime.prefetch import prefetched
 from ..runtime.progress import libraries_bars
 from ..scoring import score_pixels
-from .detector import FORMAT_VERSION, LARGEST_BATCH, METADATA_KEY, OUTPUTS, ExportedDetector
+from .detector import FORMAT_VERSION, LARGEST_BATCH, METADATA_KEY, OUTPUTS, TILES_FORMAT_VERSION, ExportedDetector
+from .tiles import can_be_cut, tiles_of
 
 if TYPE_CHECKING:
     import openvino
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+INPUTS = ["picture", "corners"]  # corners where it takes tiles
 LARGEST_SIDE = 16384  # of a picture, in pixels
 # OpenVINO's int8 rounds what goes into convolutions and matrix products alone. NNCF would round the noised picture,
 # normalization, residual sums and attention too, and faint defects with them.
@@ -62,7 +64,7 @@ class ExportResult(NamedTuple):
 
 
 class WholeDetector(nn.Module):
-    """From the picture to map and score, as one module.
+    """From the picture, or a tile of it, to map and score, as one module.
 
     Args:
         pipe: a float32 pipeline; it is not changed.
@@ -87,11 +89,14 @@ class WholeDetector(nn.Module):
         self.register_buffer("noise", pipe.fixed_noise(1, height, width).clone())  # [1, 2, 1, 3, height, width]
         self.score_pixels = score_pixels(pipe.config.score_top_k, height * width)
 
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, image: torch.Tensor, corners: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Detect anomalies.
 
         Args:
             image: RGB `[B, H, W, 3]` uint8, of any size.
+            corners: of tiles, (top, left) in the picture in pixels, `[B, 2]` int64.
 
         Returns:
             The map `[B, H, W]` in [0, 1], the score `[B]` and the reconstruction `[B, H, W, 3]` in [0, 1].
@@ -99,12 +104,21 @@ class WholeDetector(nn.Module):
         batch, own_height, own_width, _ = image.shape
         height, width = self.noise.shape[-2:]
         images = resize(image.permute(0, 3, 1, 2).float() / 255, height, width).clamp(0, 1)
-        noises = self.noise.expand(-1, -1, batch, -1, -1, -1)
+        noises = self.noise.expand(-1, -1, batch, -1, -1, -1) if corners is None else self._shifted_noise(corners)
         maps, reconstructions = self.pipe.detect(images, noises, self.timesteps)
         scores = maps.flatten(1).topk(self.score_pixels).values.mean(1)
         own_maps = resize(maps, own_height, own_width).clamp(0, 1)
         own_reconstructions = resize(reconstructions, own_height, own_width).clamp(0, 1)
         return own_maps[:, 0], scores, own_reconstructions.permute(0, 2, 3, 1)
+
+    def _shifted_noise(self, corners: torch.Tensor) -> torch.Tensor:
+        """Each tile's window of the noise that is repeated over the picture: `[1, 2, B, 3, height, width]`."""
+        height, width = self.noise.shape[-2:]
+        rows = (corners[:, :1] + torch.arange(height, device="cpu")) % height  # [B, height]
+        columns = (corners[:, 1:] + torch.arange(width, device="cpu")) % width  # [B, width]
+        places = rows[:, :, None] * width + columns[:, None, :]  # [B, height, width], in a flat noise
+        shifted = self.noise.flatten(-2).index_select(-1, places.flatten())  # [1, 2, 1, 3, B * height * width]
+        return shifted.reshape(1, 2, 3, corners.shape[0], height, width).permute(0, 1, 3, 2, 4, 5)
 
 
 def resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -125,7 +139,8 @@ def export_detector(
     """Write a pipeline as one file, and run it once to see that it says what the pipeline says.
 
     Args:
-        pipe: in float32; it is moved to the CPU.
+        pipe: in float32; it is moved to the CPU. With tiling the networks work at the size of a tile: the detector cuts
+            pictures that are larger, and enlarges those that are smaller.
         path: where to; its suffix is that of the format: `.onnx`, `.xml` (OpenVINO, which also writes a `.bin`) or
             `.pt2`.
         format: `"onnx"`, `"openvino"` or `"torch"` (torch.export).
@@ -150,8 +165,12 @@ def export_detector(
         raise ValueError(f"{path}: the name of a file of format {format} ends in {FORMATS[format]}")
     if int8 and format == "torch":
         raise ValueError("int8 is quantized by ONNX Runtime or OpenVINO: choose the format onnx or openvino")
+    tiling = pipe.tiling
+    if tiling is not None:
+        calibration = [image for image in calibration if can_be_cut(image, tiling.tile_size)]
     if int8 and not len(calibration):
-        raise ValueError("int8 needs calibration pictures: good ones, of the kind that the model was trained on")
+        cut = "" if tiling is None else f", both of whose sides have at least {tiling.tile_size} pixels"
+        raise ValueError(f"int8 needs calibration pictures: good ones, of the kind that the model was trained on{cut}")
     if {pipe.unet.dtype, pipe.segmentation.dtype} != {torch.float32}:
         raise ValueError(
             "export the model in float32: load it without dtype; a runtime may choose another when it runs"
@@ -160,16 +179,18 @@ def export_detector(
     folder = OutputFolder(path.parent, "export")
     folder.require_free(path.name, *([path.with_suffix(".bin").name] if format == "openvino" else []))
     pipe.to("cpu")
-    height, width = (pipe.round_size(pipe.config.image_size, side) for side in ("height", "width"))
+    side = pipe.config.image_size if tiling is None else tiling.tile_size
+    height, width = (pipe.round_size(side, name) for name in ("height", "width"))
     scheduler = pipe.scheduler.config
     metadata = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if tiling is None else TILES_FORMAT_VERSION,
         "library_version": __version__,
         "model": name,
         "license": license,
         "precision": "int8" if int8 else "float32",
         "height": height,
         "width": width,
+        "tiling": None if tiling is None else list(tiling),
         "score_top_k": pipe.config.score_top_k,
         "image_threshold": pipe.config.image_threshold,
         "pixel_threshold": pipe.config.pixel_threshold,
@@ -179,7 +200,7 @@ def export_detector(
         "guidance_scale": scheduler.guidance_scale,
     }
     text = json.dumps(metadata)
-    program = export_program(WholeDetector(pipe, height, width).eval(), height, width)
+    program = export_program(WholeDetector(pipe, height, width).eval(), height, width, in_tiles=tiling is not None)
 
     with folder.temporary() as temporary:
         written = temporary / "written"
@@ -192,17 +213,20 @@ def export_detector(
                 program,
                 (),
                 onnx_path,
-                input_names=["picture"],
+                input_names=INPUTS[:1] if tiling is None else INPUTS,
                 output_names=OUTPUTS,
                 dynamo=True,
                 external_data=False,
                 verbose=False,
             )
             write = write_onnx if format == "onnx" else write_openvino
-            write(onnx_path, written / path.name, text, list(calibration) if int8 else [])
+            ranges_from = list(calibration) if tiling is None or not int8 else tiles_of(calibration, *tiling)
+            write(onnx_path, written / path.name, text, ranges_from if int8 else [])
         # OpenVINO's weights, .bin, come first: an old .xml then meets new weights, and refuses them.
         folder.move_in(written)
 
+    if tiling is not None:
+        calibration = sorted(calibration, key=np.size, reverse=True)  # one that is cut, if there is any
     image = calibration[0] if len(calibration) else _image_to_try(height, width)
     ours = pipe(image, output_type="np", batch_size=1)
     theirs = ExportedDetector(path)(image, output_type="np")
@@ -220,8 +244,16 @@ def export_detector(
     return result
 
 
-def export_program(detector: WholeDetector, height: int, width: int) -> torch.export.ExportedProgram:
+def export_program(
+    detector: WholeDetector, height: int, width: int, in_tiles: bool = False
+) -> torch.export.ExportedProgram:
     """Trace the detector for any number of pictures up to `LARGEST_BATCH`, of any size up to `LARGEST_SIDE`.
+
+    Args:
+        detector: what is traced.
+        height: at which the networks work, in pixels.
+        width: likewise.
+        in_tiles: whether it takes the corners of tiles.
 
     Raises:
         ValueError: for a network that torch.export cannot trace.
@@ -229,17 +261,23 @@ def export_program(detector: WholeDetector, height: int, width: int) -> torch.ex
     # A batch of 2, and sides that are neither equal nor the networks': what is equal here might be taken for constant.
     example = torch.zeros(2, height + 5, width + 13, 3, dtype=torch.uint8, device="cpu")
     sides = {"min": 8, "max": LARGEST_SIDE}
-    dimensions = {
-        0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH),
-        1: torch.export.Dim("height", **sides),
-        2: torch.export.Dim("width", **sides),
-    }
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    dimensions = {0: batch, 1: torch.export.Dim("height", **sides), 2: torch.export.Dim("width", **sides)}
+    examples: tuple[torch.Tensor, ...] = (example,)
+    all_dimensions = (dimensions, {0: batch})
+    if in_tiles:
+        examples += (torch.tensor([[3, 5], [2, 1]], dtype=torch.int64, device="cpu"),)
     try:
         with torch.no_grad():
-            return torch.export.export(detector, (example,), dynamic_shapes=(dimensions,))
+            return torch.export.export(detector, examples, dynamic_shapes=all_dimensions[: len(examples)])
     except Exception as error:  # torch.export has no class of errors of its own
         cause = str(error).strip().splitlines()[0]
         raise ValueError(f"torch.export cannot trace these networks: {cause}") from error
+
+
+def graph_inputs(image: NDArray[np.uint8], in_tiles: bool) -> list[NDArray[Any]]:
+    """One picture as a graph takes it, with the corner of a tile if it takes tiles."""
+    return [image[None], np.zeros((1, 2), dtype=np.int64)] if in_tiles else [image[None]]
 
 
 def write_onnx(source: Path, path: Path, metadata: str, calibration: list[NDArray[np.uint8]]) -> None:
@@ -256,8 +294,9 @@ def write_onnx(source: Path, path: Path, metadata: str, calibration: list[NDArra
 
             def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
                 image = next(self.images, None)
-                return None if image is None else {"picture": image[None]}
+                return None if image is None else dict(zip(INPUTS, graph_inputs(image, in_tiles)))
 
+        in_tiles = len(onnx.load(str(source)).graph.input) > 1
         prepared, quantized = source.with_name("prepared.onnx"), source.with_name("quantized.onnx")
         # ONNX Runtime's own optimizer folds constants here; its symbolic shape inference does not know every operator.
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
@@ -289,6 +328,7 @@ def write_openvino(source: Path, path: Path, metadata: str, calibration: list[ND
     import openvino
 
     model = openvino.convert_model(source)
+    in_tiles = len(model.inputs) > 1
     antialias(model)
     if calibration:
         import nncf
@@ -299,7 +339,7 @@ def write_openvino(source: Path, path: Path, metadata: str, calibration: list[ND
         def quantize() -> Iterator["openvino.Model"]:
             yield nncf.quantize(
                 model,
-                nncf.Dataset(calibration, lambda image: image[None]),
+                nncf.Dataset(calibration, lambda image: graph_inputs(image, in_tiles)),
                 preset=nncf.QuantizationPreset.MIXED,  # symmetric weights, asymmetric activations: SiLU's need it
                 subset_size=len(calibration),
                 ignored_scope=nncf.IgnoredScope(
