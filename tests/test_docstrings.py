@@ -2,16 +2,41 @@
 
 import doctest
 import importlib
+import re
+import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "src" / "diffusionad_pipe"
-FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if ">>>" in file.read_text(encoding="utf-8")]
+from diffusionad_pipe import DiffusionADPipeline
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "diffusionad_pipe"
+SOURCES = {file: file.read_text(encoding="utf-8") for file in sorted(PACKAGE.rglob("*.py"))}
+WITH_OUTPUT = [file for file, text in SOURCES.items() if ">>>" in text]
+ON_FILES = [
+    pytest.param(code, id=file.stem, marks=[pytest.mark.slow] if "detector.onnx" in code else [])
+    for file, text in SOURCES.items()
+    for code in re.findall(r"Example:\n +```python\n(.*?)```", text, re.DOTALL)
+]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", WITH_OUTPUT, ids=lambda file: file.stem)
 def test_examples_give_what_they_say(file: Path) -> None:
     module = importlib.import_module(".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts))
     failed, attempted = doctest.testmod(module)
     assert attempted and not failed
+
+
+@pytest.mark.parametrize("code", ON_FILES)
+def test_examples_on_files_run(
+    code: str, tiny_pipeline: DiffusionADPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    shutil.copy(ROOT / "spaces_demo" / "examples" / "hazelnut_good_1.jpg", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    if "detector.onnx" in code:
+        export = pytest.importorskip("diffusionad_pipe.export.export")
+        export.export_detector(tiny_pipeline, "detector.onnx", "onnx")
+    exec(textwrap.dedent(code), {})
