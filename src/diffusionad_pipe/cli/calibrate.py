@@ -13,7 +13,7 @@ from ..files.output_error import OutputError
 from ..files.single_files import edit_file, require_editable
 from ..hub.model_card import describe_thresholds, write_thresholds
 from ..images.sources import find_files
-from .console import USER_ERRORS, fail, output_console
+from .console import USER_ERRORS, Console, fail, output_console
 from .options import BatchSize, Device, MaxPixels, TileOverlap, TileSize, chosen_tiling, load_pipeline
 
 
@@ -68,23 +68,28 @@ def calibrate(
         fail(error)
     for sentence in [*result.failures, *result.duplicates]:
         console.print(f"left out: {sentence}", style="yellow")
-    count = result.image_count
-    origin = f"{count} good pictures"
+    origin = f"{result.image_count} good pictures"
     if pipe.tiling is not None:
         origin += f" in tiles of {pipe.tiling.tile_size} pixels that share {pipe.tiling.overlap:g}"
-    text = describe_thresholds(result.image_threshold, result.pixel_threshold, origin, count, false_positive_rate)
-    index = (model / "model_index.json").read_text(encoding="utf-8")
+    thresholds = result.image_threshold, result.pixel_threshold
+    text = describe_thresholds(*thresholds, origin, result.image_count, false_positive_rate)
     try:
-        store_thresholds(model, result.image_threshold, result.pixel_threshold)
-        try:
-            write_thresholds(model, text)
-        except OutputError:  # a full disk: both say the same, or neither
-            edit_file(model / "model_index.json", index)
-            raise
-        except (FileNotFoundError, ValueError) as error:
-            console.print(f"hint: its model card does not say so: {error}", style="yellow")
+        _store(model, *thresholds, text, console)
     except USER_ERRORS as error:
         fail(error, 1)
     console.print(f"{model}: {text}")
     if result.failures:
         raise typer.Exit(1)
+
+
+def _store(model: Path, image_threshold: float, pixel_threshold: float, text: str, console: Console) -> None:
+    """Write the thresholds into the model's folder, and what they are into its card: both, or neither."""
+    index = (model / "model_index.json").read_text(encoding="utf-8")
+    store_thresholds(model, image_threshold, pixel_threshold)
+    try:
+        write_thresholds(model, text)
+    except OutputError:  # a full disk
+        edit_file(model / "model_index.json", index)
+        raise
+    except (FileNotFoundError, ValueError) as error:
+        console.print(f"hint: its model card does not say so: {error}", style="yellow")

@@ -171,7 +171,7 @@ def calibrate(
     levels = None if pipeline.tiling is None else PixelLevels()  # maps of all sizes, too large to be held
     scores: list[float] = []
     outputs = pipeline.stream(
-        _read_each_once(sources, max_pixels, MAX_ASPECT_RATIO if pipeline.tiling is None else inf),
+        _read_each_once(sources, max_pixels, pipeline.config.image_size if pipeline.tiling is None else None),
         batch_size=batch_size,
         output_type="np",
         match_input_resolution=False,
@@ -192,33 +192,36 @@ def calibrate(
                 else:
                     levels.add(output.anomaly_maps)
     _refuse_few(len(scores), false_positive_rate, failures, duplicates)
-    labels = np.zeros(len(scores))
+    image_threshold = calibrate_image_threshold(np.array(scores), np.zeros(len(scores)), false_positive_rate)
     if levels is None:
-        no_masks = np.zeros((len(maps), *maps[0].shape), dtype=bool)
-        pixel_threshold = calibrate_pixel_threshold(np.stack(maps), no_masks, labels, false_positive_rate)
+        stacked, labels = np.stack(maps), np.zeros(len(maps))  # [N, S, S], [N]
+        no_masks = np.zeros_like(stacked, dtype=bool)
+        pixel_threshold = calibrate_pixel_threshold(stacked, no_masks, labels, false_positive_rate)
     else:
         pixel_threshold = levels.threshold(max(_pixel_share(len(scores), false_positive_rate), 0))
-    return Calibration(
-        calibrate_image_threshold(np.array(scores), labels, false_positive_rate),
-        pixel_threshold,
-        len(scores),
-        false_positive_rate,
-        failures,
-        duplicates,
-    )
+    return Calibration(image_threshold, pixel_threshold, len(scores), false_positive_rate, failures, duplicates)
 
 
-def _read_each_once(sources: Sequence[ImageSource], max_pixels: int, max_aspect_ratio: float) -> Iterator[Any]:
-    """Each picture as an array, or in its place the error of one that cannot be read or was there before."""
-    processor = DiffusionADImageProcessor(max_aspect_ratio=max_aspect_ratio)
+def _read_each_once(sources: Sequence[ImageSource], max_pixels: int, side: int | None) -> Iterator[Any]:
+    """Each picture as the pipeline takes it, or in its place the error of one that cannot be read or was there before.
+
+    Args:
+        sources: of the pictures.
+        max_pixels: larger ones are refused.
+        side: to which they are resized, since two batches wait for the networks; None leaves them whole, for tiles.
+    """
+    ratio = inf if side is None else MAX_ASPECT_RATIO
+    processor = DiffusionADImageProcessor(max_aspect_ratio=ratio)
     names: dict[str, str] = {}  # hash of a picture's pixels → its name
     for source in sources:
         read: Any
         try:
-            read = processor.decode(source.read(max_pixels, max_aspect_ratio))
+            read = processor.decode(source.read(max_pixels, ratio))
             name = names.setdefault(_pixel_hash(processor, read), source.name)
             if name != source.name:
                 raise _DuplicateError(f"{source.name}: the same picture as {name}")
+            if side is not None:
+                read = processor.preprocess(read, side, side)[0][0]
         except ValueError as error:
             read = error
         yield read

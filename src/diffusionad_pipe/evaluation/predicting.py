@@ -147,15 +147,19 @@ def _read(
 ) -> tuple[np.ndarray | torch.Tensor, tuple[int, int]]:
     """A test picture as the pipeline takes it, and its own (height, width).
 
+    It is resized here, since two batches wait for the networks: with tiling, two pictures.
+
     Raises:
         ValueError: for a picture that cannot be used.
     """
     processor = DiffusionADImageProcessor(max_aspect_ratio=settings.max_aspect_ratio)
     array = processor.decode(images.image(index))
     size = processor.size(array)
+    if settings.tiling is not None:
+        return array, size
     if settings.is_reference:
         return resize_8_bit(processor.to_rgb(array)[None].clamp(0, 1), (side, side))[0], size
-    return array, size
+    return processor.preprocess(array, side, side)[0][0], size
 
 
 def _prediction(
