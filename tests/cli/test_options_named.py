@@ -134,5 +134,5 @@ def test_textures_that_are_tolerated(tmp_path: Path) -> None:
 
 def test_names_are_found() -> None:
     assert ("OR_RAISE_MAX_PIXELS", "--max-pixels") in named_options(PACKAGE / "images" / "files.py")
-    assert ("explain", "--train_batch_size") in named_options(ROOT / "training" / "train.py")
+    assert ("explain", "--train_batch_size") in named_options(PACKAGE / "training" / "launch.py")
     assert PASSED_ON["allow_extra_args"] and UNDERSCORES  # the two spellings that options_of counts with

@@ -20,6 +20,8 @@ from diffusionad_pipe import DiffusionADPipeline, SegmentationUNet2DModel, open_
 from diffusionad_pipe.files.output_folder import OutputFolder
 from diffusionad_pipe.runtime.acceleration import fastest_dtype
 from diffusionad_pipe.training import run_folder
+from diffusionad_pipe.training.launch import explain
+from diffusionad_pipe.training.optimization import reference_schedule
 from tests.helpers.hub_server import HubServer
 from tests.helpers.script_processes import ScriptProcess, run_ranks, run_script
 from tests.helpers.tiny_pipeline import build_tiny_pipeline
@@ -35,7 +37,6 @@ from tests.helpers.training_runs import (
     losses,
     run,
 )
-from training import train
 
 
 def assert_nearly_same_run(one: Path, other: Path) -> None:
@@ -272,13 +273,13 @@ def test_a_full_disk_keeps_both_networks_of_the_pipeline_that_was_there(tmp_path
         "from diffusionad_pipe import DiffusionADPipeline\n"
         "from diffusionad_pipe.files.output_folder import OutputFolder\n"
         "from diffusionad_pipe.training import run_folder\n"
-        "from training import train\n"
+        "from diffusionad_pipe.training.launch import explain\n"
         "pipe = DiffusionADPipeline.from_pretrained(sys.argv[1])\n"
         "torch.nn.init.zeros_(pipe.unet.conv_out.weight)\n"
         "try:\n"
         "    run_folder.save_pipeline(pipe, OutputFolder(sys.argv[2], 'train'))\n"
         "except Exception as error:\n"
-        "    sys.exit(train.explain(error))\n"
+        "    sys.exit(explain(error))\n"
     )
     result = run([str(script), str(before), str(output)], {resource.RLIMIT_FSIZE: size + 1000})
     assert result.returncode == 1 and "the disk is full" in result.stderr, result.stderr
@@ -316,12 +317,12 @@ def test_a_dead_worker_ends_with_one_sentence(config: Path, tmp_path: Path) -> N
     "error", [RuntimeError("DataLoader worker (pid 1) is killed"), ConnectionResetError(), EOFError()]
 )
 def test_a_worker_may_die_while_it_hands_a_batch_over(error: Exception) -> None:
-    assert "a worker that makes synthetic anomalies died" in str(train.explain(error))
+    assert "a worker that makes synthetic anomalies died" in str(explain(error))
 
 
 @pytest.mark.parametrize("said", ["CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
 def test_cudas_libraries_say_in_their_own_ways_that_memory_is_out(said: str) -> None:
-    assert "out of memory: lower --train_batch_size" in str(train.explain(RuntimeError(said)))
+    assert "out of memory: lower --train_batch_size" in str(explain(RuntimeError(said)))
 
 
 def test_tensorboard_gets_losses_and_images(config: Path, tmp_path: Path) -> None:
@@ -401,7 +402,7 @@ def test_the_reference_schedule_of_the_segmentation_network() -> None:
     optimizer = torch.optim.SGD([parameter], lr=1e-5)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
     for step in range(25):
-        assert train.reference_schedule(step) * 1e-5 == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        assert reference_schedule(step) * 1e-5 == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         theirs.step()
 

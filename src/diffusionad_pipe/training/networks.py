@@ -1,12 +1,17 @@
-"""Both networks as one module, as accelerate wraps it."""
+"""Both networks as one module, as accelerate wraps it, and the pipeline around their averaged weights."""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
-from .. import DiffusionADUNet2DModel, SegmentationUNet2DModel
+from .. import DiffusionADPipeline, DiffusionADUNet2DModel, NormGuidedOneStepScheduler, SegmentationUNet2DModel
+from .config import TrainingConfig
 from .losses import TrainingLosses
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TrainedNetworks(nn.Module):
@@ -15,6 +20,11 @@ class TrainedNetworks(nn.Module):
     Args:
         unet: the reconstruction network.
         segmentation: the segmentation network.
+
+    Example:
+        >>> from diffusionad_pipe.training.losses import training_losses
+        >>> networks = TrainedNetworks(unet, segmentation)  # doctest: +SKIP
+        >>> losses = networks(training_losses, scheduler, images, masks, labels, noise, timesteps)  # doctest: +SKIP
     """
 
     def __init__(self, unet: DiffusionADUNet2DModel, segmentation: SegmentationUNet2DModel) -> None:
@@ -25,3 +35,28 @@ class TrainedNetworks(nn.Module):
     def forward(self, losses: Callable[..., TrainingLosses], *args: Any, **kwargs: Any) -> TrainingLosses:
         """`losses(unet, segmentation, *args, **kwargs)`, one of `losses`."""
         return losses(self.unet, self.segmentation, *args, **kwargs)
+
+
+def averaged_pipeline(
+    config: TrainingConfig, networks: TrainedNetworks, ema: EMAModel, scheduler: NormGuidedOneStepScheduler
+) -> DiffusionADPipeline:
+    """A pipeline around copies of the networks with averaged weights, rounded to the precision that they are saved in.
+
+    Args:
+        config: the settings of the run.
+        networks: as they are trained; their statistics are taken as they are.
+        ema: the averages of their parameters.
+        scheduler: of the pipeline.
+    """
+    weights = networks.state_dict()
+    if config.ema_decay > 0:
+        weights |= {name: average for (name, _), average in zip(networks.named_parameters(), ema.shadow_params)}
+    copies = TrainedNetworks(
+        DiffusionADUNet2DModel.from_config(networks.unet.config),
+        SegmentationUNet2DModel.from_config(networks.segmentation.config),
+    )
+    copies.load_state_dict(weights)
+    device = next(networks.parameters()).device
+    copies = copies.to(device, DTYPES[config.save_dtype]).float().eval()
+    size = config.resize_to or config.resolution
+    return DiffusionADPipeline(copies.unet, copies.segmentation, scheduler, image_size=size)

@@ -23,20 +23,18 @@ from .config import TrainingConfig, changed_settings
 from .images import FOREGROUNDS
 from .run_images import STORED as IMAGES
 from .run_images import as_text, changed_images
+from .run_log import LOG
 
 logger = logging.getLogger("train")
 
 MANIFEST = "checksums.json"
-SETTINGS, LOG, CARD, LOSSES, INDEX = (
-    "training_config.yaml", "log.jsonl", "README.md", "losses.png", "model_index.json"
-)  # fmt: skip
+SETTINGS, CARD, LOSSES, INDEX = "training_config.yaml", "README.md", "losses.png", "model_index.json"
 PIPELINE = [
     INDEX, "scheduler/scheduler_config.json",
     *(f"{network}/{file}" for network in ("unet", "segmentation")
       for file in ("config.json", "diffusion_pytorch_model.safetensors")),
 ]  # fmt: skip
 SAMPLE = r"step-\d+\.png"
-TRACKER_FOLDERS = "diffusionad", "wandb"
 PRODUCTS = [SETTINGS, IMAGES, LOG, CARD, LOSSES, *PIPELINE, *(f"last/{name}" for name in PIPELINE)]
 
 
@@ -215,23 +213,6 @@ def save_pipeline(pipeline: DiffusionADPipeline, folder: OutputFolder, name: str
     with folder.temporary() as temporary:
         pipeline.save_pretrained(temporary)
         folder.move_in(temporary, name, last=INDEX)
-
-
-def record_trackers(folder: OutputFolder, before: set[Path]) -> None:
-    """Take for the run's own what trackers have written since, pictures among it.
-
-    Args:
-        folder: of the run.
-        before: files that were there before, of [`tracker_files`]; those that are new come to it.
-    """
-    new = tracker_files(folder) - before
-    folder.adopt(*new, growing=True)
-    before |= new
-
-
-def tracker_files(folder: OutputFolder) -> set[Path]:
-    """The files where accelerate's trackers write beside a run."""
-    return {path for name in TRACKER_FOLDERS for path in (folder.path / name).rglob("*") if path.is_file()}
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:

@@ -3,15 +3,19 @@
 Training and the preview share it, so that the preview shows what training sees.
 """
 
+import logging
+import math
 from typing import Literal, NamedTuple
 
 import torch
 
-from ..evaluation.calibration import split_held_out
+from ..evaluation.calibration import smallest_rate, split_held_out
 from ..files.output_folder import OutputFolder
 from .config import TrainingConfig
 from .dataset import SyntheticAnomalyDataset, validation_samples
 from .images import ImageInputs, foreground_mattes, read_good_images, read_textures
+
+logger = logging.getLogger("train")
 
 
 class SampleInputs(NamedTuple):
@@ -26,6 +30,14 @@ class SampleInputs(NamedTuple):
     images: ImageInputs
     mattes: torch.Tensor | Literal["random"] | None
     is_held_out: torch.Tensor
+
+    @property
+    def held_out_count(self) -> int:
+        return int(self.is_held_out.sum())
+
+    @property
+    def trained_count(self) -> int:
+        return len(self.is_held_out) - self.held_out_count
 
 
 def read_inputs(config: TrainingConfig, cache: OutputFolder | None = None) -> SampleInputs:
@@ -56,7 +68,22 @@ def read_inputs(config: TrainingConfig, cache: OutputFolder | None = None) -> Sa
         cache=cache,
         max_pixels=config.max_pixels,
     )
-    return SampleInputs(images, mattes, split_held_out(len(images.names), config.validation_fraction))
+    inputs = SampleInputs(images, mattes, split_held_out(len(images.names), config.validation_fraction))
+    logger.info("%d good pictures to train on, %d held out", inputs.trained_count, inputs.held_out_count)
+    return inputs
+
+
+def warn_of_few_held_out(config: TrainingConfig, count: int) -> None:
+    """Say where the held-out pictures are too few to guarantee the false positive rate."""
+    if smallest_rate(count) > config.false_positive_rate:
+        logger.warning(
+            "%d held-out pictures guarantee at best %.0f %% false alarms, not %g %%: the thresholds also use the "
+            "synthetic anomalies; hold out %d pictures or more for the guarantee",
+            count,
+            100 * smallest_rate(count),
+            100 * config.false_positive_rate,
+            math.ceil(1 / config.false_positive_rate) - 1,
+        )
 
 
 def training_samples(

@@ -13,7 +13,7 @@ from .. import (
     NormGuidedOneStepScheduler,
     SegmentationUNet2DModel,
 )
-from ..runtime.acceleration import fastest_dtype
+from ..runtime.acceleration import compile_networks, fastest_dtype, train_channels_last
 from ..unet_2d_diffusionad import ATTENTION_SIZES
 from .config import TrainingConfig
 
@@ -91,3 +91,18 @@ def load_teacher(source: str, config: TrainingConfig, device: torch.device) -> D
         )
     teacher.unet.to(device)
     return teacher
+
+
+def prepare_for_training(
+    config: TrainingConfig, unet: DiffusionADUNet2DModel, segmentation: SegmentationUNet2DModel, device: torch.device
+) -> None:
+    """Put both networks into training mode, with what saves time or memory."""
+    unet.train()
+    segmentation.train()
+    if config.channels_last:
+        train_channels_last(unet, segmentation)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        segmentation.enable_gradient_checkpointing()
+    if config.torch_compile:
+        compile_networks((unet, segmentation), device)
