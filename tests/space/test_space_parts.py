@@ -70,7 +70,7 @@ def test_too_many_entries(tmp_path, monkeypatch):
     monkeypatch.setattr(batch_module, "MAX_MEMBERS", 5)
     many = zip_of(tmp_path / "many.zip", {f"{i}.txt": b"" for i in range(6)})
     assert run(many).problems == [("many.zip", "the archive has more than 5 entries; split it")]
-    monkeypatch.setattr(batch_module, "MAX_PICTURES", 1)
+    monkeypatch.setattr(batch_module, "MAX_IMAGES", 1)
     few = zip_of(tmp_path / "few.zip", {"1.png": b"", "2.png": b""})
     assert run(few).stopped.startswith("2 pictures are more than 1") and not run(few).rows
 
