@@ -181,24 +181,9 @@ def export_detector(
     pipe.to("cpu")
     side = pipe.config.image_size if tiling is None else tiling.tile_size
     height, width = (pipe.round_size(side, name) for name in ("height", "width"))
-    scheduler = pipe.scheduler.config
-    metadata = {
-        "format_version": FORMAT_VERSION if tiling is None else TILES_FORMAT_VERSION,
-        "library_version": __version__,
-        "model": name,
-        "license": license,
-        "precision": "int8" if int8 else "float32",
-        "height": height,
-        "width": width,
-        "tiling": None if tiling is None else list(tiling),
-        "score_top_k": pipe.config.score_top_k,
-        "image_threshold": pipe.config.image_threshold,
-        "pixel_threshold": pipe.config.pixel_threshold,
-        "noise_seed": pipe.config.noise_seed,
-        "small_timestep": scheduler.small_timestep,
-        "large_timestep": scheduler.large_timestep,
-        "guidance_scale": scheduler.guidance_scale,
-    }
+    metadata = _metadata(pipe, height, width) | {
+        "model": name, "license": license, "precision": "int8" if int8 else "float32"
+    }  # fmt: skip
     text = json.dumps(metadata)
     program = export_program(WholeDetector(pipe, height, width).eval(), height, width, in_tiles=tiling is not None)
 
@@ -225,9 +210,35 @@ def export_detector(
         # OpenVINO's weights, .bin, come first: an old .xml then meets new weights, and refuses them.
         folder.move_in(written)
 
-    if tiling is not None:
-        calibration = sorted(calibration, key=np.size, reverse=True)  # one that is cut, if there is any
-    image = calibration[0] if len(calibration) else _image_to_try(height, width)
+    return _compare(pipe, path, metadata, calibration)
+
+
+def _metadata(pipe: DiffusionADPipeline, height: int, width: int) -> dict[str, Any]:
+    """What a file says of the pipeline, whose networks work at this size."""
+    scheduler = pipe.scheduler.config
+    return {
+        "format_version": FORMAT_VERSION if pipe.tiling is None else TILES_FORMAT_VERSION,
+        "library_version": __version__,
+        "height": height,
+        "width": width,
+        "tiling": None if pipe.tiling is None else list(pipe.tiling),
+        "score_top_k": pipe.config.score_top_k,
+        "image_threshold": pipe.config.image_threshold,
+        "pixel_threshold": pipe.config.pixel_threshold,
+        "noise_seed": pipe.config.noise_seed,
+        "small_timestep": scheduler.small_timestep,
+        "large_timestep": scheduler.large_timestep,
+        "guidance_scale": scheduler.guidance_scale,
+    }
+
+
+def _compare(
+    pipe: DiffusionADPipeline, path: Path, metadata: dict[str, Any], images: Sequence[NDArray[np.uint8]]
+) -> ExportResult:
+    """How far a file is from the pipeline, on the first of some pictures; with tiling, on the largest, which is cut."""
+    if pipe.tiling is not None:
+        images = sorted(images, key=np.size, reverse=True)
+    image = images[0] if len(images) else _image_to_try(metadata["height"], metadata["width"])
     ours = pipe(image, output_type="np", batch_size=1)
     theirs = ExportedDetector(path)(image, output_type="np")
     result = ExportResult(
@@ -236,7 +247,7 @@ def export_detector(
         float(np.abs(ours.anomaly_maps - theirs.anomaly_maps).max()),
         float(np.abs(ours.anomaly_scores - theirs.anomaly_scores).max()),
     )
-    if not int8 and max(result.map_difference, result.score_difference) > 1e-3:
+    if metadata["precision"] != "int8" and max(result.map_difference, result.score_difference) > 1e-3:
         logger.warning(
             f"{path}: on a picture that it was tried on the map differs by up to {result.map_difference:.2g} and the "
             f"score by {result.score_difference:.2g} from the pipeline's; measure the file before you rely on it"
