@@ -123,7 +123,6 @@ def train(context: typer.Context) -> None:
     script = package / "training" / "train.py"  # in a wheel
     if not script.is_file():
         script = package.parents[1] / "training" / "train.py"  # in a checkout
-    sys.path.insert(0, str(script.parent))
     with needed_packages():
         from ..training import dataset, plots  # noqa: F401
         from ..training.config import parse_arguments

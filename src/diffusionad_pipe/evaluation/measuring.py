@@ -17,6 +17,7 @@ from ..metrics.exact import measure, rank_pixels
 from ..metrics.operating_points import OperatingPoints, rank
 from ..metrics.scored_images import check_images
 from ..metrics.streaming import StreamingAnomalyMetrics
+from ..scoring import decide
 from .kept_predictions import Prediction, StoredPredictions
 from .reference_protocol import eroded_mask
 from .results import CategoryResult, unmeasured
@@ -150,7 +151,7 @@ def _read_predictions(
             mask = None
             read.mask_failures.append(str(error))
         score, label = prediction.score, images.labels[index]
-        decision = None if threshold is None else ("defective" if score > threshold else "good")
+        decision = decide(score, threshold)
         row = {"path": path, "defect_type": images.defect_types[index], "label": label, "score": score}
         read.add(prediction, *_at_one_size(prediction, mask, settings), row | {"decision": decision, "index": index})
     return read
