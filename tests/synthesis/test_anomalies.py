@@ -47,7 +47,7 @@ def test_a_generator_is_a_function_of_its_key() -> None:
     assert torch.equal(torch.rand(5, generator=sample_generator(1, 2)), torch.rand(5, generator=sample_generator(1, 2)))
 
 
-def test_each_sample_draws_from_its_own_generator() -> None:
+def test_each_sample_has_its_own_generator() -> None:
     together = uniform(-2, 3, generators(5), 4)
     assert together.shape == (5, 4) and together.min() >= -2 and together.max() < 3
     assert torch.equal(together[3], uniform(-2, 3, [sample_generator(0, 3)], 4)[0])
@@ -175,8 +175,8 @@ def test_half_of_the_samples_are_anomalous() -> None:
     assert abs(labels.mean() - 0.5) < 4 * math.sqrt(0.25 / 400)
 
 
-def test_sources_are_drawn_as_often_as_asked() -> None:
-    """White pictures keep their own colour when they are their own source; black textures stay apart from both."""
+def test_sources_are_sampled_as_often_as_asked() -> None:
+    """White pictures keep their own color when they are their own source; black textures stay apart from both."""
     images, black = torch.full((300, 3, 32, 32), 0.5), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
 
     def share_unchanged(**options: float) -> float:
@@ -191,7 +191,7 @@ def test_sources_are_drawn_as_often_as_asked() -> None:
 
 
 def test_gray_images_get_gray_anomalies() -> None:
-    """And coloured ones get theirs as before, whatever else is in the batch."""
+    """Colored ones in the same batch get the same as without the setting."""
     colored = make_images(40, 32)
     images = torch.cat([colored, colored.mean(1, keepdim=True).expand(-1, 3, -1, -1)])
     options = {"anomaly_probability": 1, "procedural_probability": 0.5}
@@ -258,7 +258,7 @@ def test_softened_masks_are_no_stronger_than_the_matte() -> None:
 
 
 def test_lines_and_soft_edges_are_composed_like_hard_ones() -> None:
-    """And a probability of 0 leaves the paper's draws as they are."""
+    """And a probability of 0 leaves the paper's samples as they are."""
     images, mattes = torch.zeros(40, 3, 64, 64), torch.ones(40, 1, 64, 64)
     white = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
     options = {"anomaly_probability": 1, "texture_probability": 1}

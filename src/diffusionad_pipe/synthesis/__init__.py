@@ -1,1 +1,1 @@
-"""The synthetic anomalies that training draws (paper, section III-D): textures, masks, foregrounds."""
+"""The synthetic anomalies that training makes (paper, section III-D): textures, masks, foregrounds."""

@@ -3,7 +3,7 @@
     S = (1 − M) ⊙ N + M ⊙ (β · N + (1 − β) · A)
 
 N is a normal picture, A the anomaly source, M a Perlin mask inside the foreground and β the opacity of the
-original. Everything is batched torch and runs where the pictures are; every random draw comes from the sample's own
+original. Everything is batched torch and runs where the pictures are; every random number comes from the sample's own
 generator: the same sample on every machine, in every worker and in every batch.
 """
 
@@ -20,7 +20,7 @@ from .sampling import integers, uniform
 
 Generators = Sequence[torch.Generator]
 
-# k in "a Perlin resolution of 2^k cells per axis", drawn from 0 ... 5.
+# k in "a Perlin resolution of 2^k cells per axis", sampled from 0 ... 5.
 MAX_PERLIN_EXPONENT = 5
 PERLIN_THRESHOLD = 0.5
 MASK_TRIES = 50
@@ -31,7 +31,7 @@ LINE_WIDTHS = 1 / 256, 5 / 256
 MAX_LINE_EXPONENT = 3
 # Standard deviation of a softened edge at most, as a share of the picture's shorter side.
 MAX_SOFTENING = 0.04
-# Grey pictures have equal channels; a few levels more are JPEG's rounding.
+# Gray pictures have equal channels; a few levels more are JPEG's rounding.
 GRAY_TOLERANCE = 4 / 255
 
 
@@ -135,8 +135,8 @@ def soften_edges(
 ) -> torch.Tensor:
     """Blur the edges of some masks by a Gaussian of random width, inside the foreground. Not in the paper.
 
-    Perlin masks have edges as sharp as a knife's, which tell a pasted texture however faint it is. Stains, frays and
-    shades have none.
+    The edges of Perlin masks are sharp, by which a pasted texture is known however faint it is. Stains, frays and
+    shades have no such edges.
 
     Args:
         masks: M `[B, 1, H, W]` in [0, 1].
@@ -156,7 +156,7 @@ def soften_edges(
     blurred = kornia.filters.gaussian_blur2d(shapes, 2 * math.ceil(3 * widest) + 1, sigma, border_type="reflect")
     blurred = blurred / blurred.amax((2, 3), keepdim=True).clamp(min=1e-6)  # up to 1 again, also where it was thin
     softened = masks.clone()
-    # What is fainter than a grey level is no anomaly.
+    # What is fainter than a gray level is no anomaly.
     softened[chosen] = torch.where(blurred < 1 / 255, 0.0, blurred.clamp(max=1)) * foregrounds[chosen]
     return softened
 
@@ -178,10 +178,10 @@ def shuffle_tiles(images: torch.Tensor, generators: Generators, grid: int = SHUF
 
 
 def procedural_textures(height: int, width: int, generators: Generators, device: torch.device) -> torch.Tensor:
-    """Fractal noise between two random colours, `[B, 3, H, W]` in [0, 1]. Not in the paper.
+    """Fractal noise between two random colors, `[B, 3, H, W]` in [0, 1]. Not in the paper.
 
     The power spectrum falls with the frequency f as 1 / f^2α, α ~ U[0, 3): from white noise over clouds to plain
-    colour, which no photographed texture has. The second colour is between the first and any other.
+    color, which no photographed texture has. The second color is between the first and any other.
     """
     slope = uniform(0, 3, generators)[:, None, None]
     noise = torch.stack(
@@ -240,7 +240,7 @@ def synthesize_anomalies(
         images: normal pictures `[B, 3, H, W]` in [0, 1].
         foregrounds: where anomalies may be, mattes `[B, 1, H, W]` in [0, 1].
         textures: texture pictures `[T, 3, H, W]` uint8, of the same size, or None.
-        generators: one a picture, from which everything random on it is drawn.
+        generators: one a picture, which everything random on it comes from.
         config: how often there is an anomaly, and of what kind; which textures and foregrounds it names, is decided
             already.
 
@@ -252,7 +252,7 @@ def synthesize_anomalies(
     if chosen:
         own = [generators[i] for i in chosen]
         masks[chosen] = perlin_masks(foregrounds[chosen], own)
-        if config.thin_line_probability > 0:  # else nothing is drawn, as in the paper
+        if config.thin_line_probability > 0:  # else no random number is taken, as in the paper
             masks[chosen] = thin_lines(masks[chosen], foregrounds[chosen], own, config.thin_line_probability)
         if config.soft_edge_probability > 0:
             masks[chosen] = soften_edges(masks[chosen], foregrounds[chosen], own, config.soft_edge_probability)

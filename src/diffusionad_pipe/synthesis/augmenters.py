@@ -1,7 +1,7 @@
 """The ten augmenters of DRAEM's recipe (Zavrtanik et al., ICCV 2021), three of which make an anomaly's appearance.
 
 Each takes a batch `[B, 3, H, W]` in [0, 1] and one generator a sample, and returns the same shape and range. The
-batch may be on a GPU; the draws come from the CPU.
+batch may be on a GPU; the random numbers come from the CPU.
 """
 
 import math
@@ -17,7 +17,7 @@ Generators = Sequence[torch.Generator]
 
 
 def rotate(images: torch.Tensor, degrees: torch.Tensor, mode: str = "bilinear", padding: str = "zeros") -> torch.Tensor:
-    """Rotate each of `[B, C, H, W]` about its centre by its own angle `[B]`, keeping the size."""
+    """Rotate each of `[B, C, H, W]` about its center by its own angle `[B]`, keeping the size."""
     height, width = images.shape[-2:]
     cos, sin, zero = degrees.deg2rad().cos(), degrees.deg2rad().sin(), torch.zeros_like(degrees)
     # The grid is in units of half a side, so a rotation of a picture that is not square needs the aspect ratio.

@@ -26,9 +26,9 @@ from .sampling import uniform
 
 
 def threshold_foreground(image: torch.Tensor) -> torch.Tensor:
-    """The object in front of a plain background, bright, dark or coloured.
+    """The object in front of a plain background, bright, dark or colored.
 
-    The background's colour is the median of the picture's frame; what differs from it by more than Otsu's
+    The background's color is the median of the picture's frame; what differs from it by more than Otsu's
     threshold is object. Lightness counts half, so that less of a cast shadow is taken for object.
 
     Args:
@@ -63,14 +63,14 @@ def threshold_foreground(image: torch.Tensor) -> torch.Tensor:
 
 
 def random_foregrounds(height: int, width: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """A random rectangle for each generator, mattes `[B, 1, H, W]`: a quarter to the whole of each side, centred
+    """A random rectangle for each generator, mattes `[B, 1, H, W]`: a quarter to the whole of each side, centered
     anywhere and cut at the frame, so that the border is reached as well."""
     mattes = torch.zeros(len(generators), 1, height, width, dtype=torch.float32, device="cpu")
     sides = torch.tensor([height, width], dtype=torch.int64, device="cpu")
     sizes = uniform(0.25, 1, generators, 2) * sides
-    centres = uniform(0, 1, generators, 2) * sides
-    starts = (centres - sizes / 2).round().long().clamp(min=0)
-    stops = (centres + sizes / 2).round().long()
+    centers = uniform(0, 1, generators, 2) * sides
+    starts = (centers - sizes / 2).round().long().clamp(min=0)
+    stops = (centers + sizes / 2).round().long()
     for matte, (top, left), (bottom, right) in zip(mattes, starts, stops):
         matte[:, top:bottom, left:right] = 1
     return mattes
@@ -89,8 +89,8 @@ def _load_segmentation_model(model: str) -> tuple[Any, Any]:
 
 
 def segmentation_model_digest(model: str) -> str:
-    """What tells a segmentation model from others, wherever it lies and whatever it is called: a hash of its weights
-    and settings, as hexadecimal digits.
+    """A hash of a segmentation model's weights and settings, as hexadecimal digits: the same under every name and in
+    every folder.
 
     Args:
         model: as in [`segmentation_model_foreground`].

@@ -1,6 +1,6 @@
-"""Random draws that are functions of a key, for many samples at once.
+"""Random numbers that are functions of a key, for many samples at once.
 
-Each sample has a generator of its own, made from (seed, epoch, index). A function that draws for a batch takes one
+Each sample has a generator of its own, made from (seed, epoch, index). A function that samples for a batch takes one
 number from each of the batch's generators, so what a sample becomes does not depend on the samples beside it, the
 worker that made it, or the device that the pictures are on.
 """
@@ -22,15 +22,15 @@ def sample_generator(*key: int) -> torch.Generator:
 
 
 def uniform(low: float, high: float, generators: Sequence[torch.Generator], *shape: int) -> torch.Tensor:
-    """One draw, or a tensor of `shape` draws, from U[low, high) by each of the B generators: `[B, *shape]`."""
-    draws = torch.stack(
+    """One number of U[low, high), or a tensor of `shape` of them, by each of the B generators: `[B, *shape]`."""
+    samples = torch.stack(
         [torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") for generator in generators]
     )
-    return low + (high - low) * draws
+    return low + (high - low) * samples
 
 
 def integers(low: int, high: int, generators: Sequence[torch.Generator], *shape: int) -> torch.Tensor:
-    """One draw, or a tensor of `shape` draws, from {low, ..., high} by each of the B generators: `[B, *shape]`."""
+    """One number of {low, ..., high}, or a tensor of `shape` of them, by each of the B generators: `[B, *shape]`."""
     return torch.stack(
         [
             torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int64, device="cpu")

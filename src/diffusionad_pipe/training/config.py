@@ -134,7 +134,7 @@ class TrainingConfig(SampleConfig):
     checkpoints_total_limit: int = HfArg(default=2, help="checkpoints that are kept")
     resume_from_checkpoint: str | None = HfArg(default=None, help='a checkpoint folder, or "latest"')
     allow_config_changes: bool = HfArg(default=False, help="resume although settings differ that change the result")
-    overwrite: bool = HfArg(default=False, help="throw away what output_dir holds")
+    overwrite: bool = HfArg(default=False, help="replace the run that output_dir holds")
     dataloader_num_workers: int = HfArg(
         default=0, help="processes that make samples; 0: the training process, on its device"
     )

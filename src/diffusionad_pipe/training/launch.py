@@ -84,14 +84,7 @@ def _set_up_cpu(config: TrainingConfig, processes: int) -> None:
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM, which from now on end nothing: the loop asks for them after each step.
-
-    Example:
-        >>> stop = StopSignals()
-        >>> stop.count
-        0
-        >>> stop.restore()
-    """
+    """Ctrl-C and SIGTERM, which from now on end nothing: the loop asks for them after each step."""
 
     def __init__(self) -> None:
         self.received: list[int] = []

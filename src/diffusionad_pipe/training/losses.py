@@ -34,11 +34,11 @@ def sample_timesteps(
     boundary: int = 300,
     maximum: int = 1000,
 ) -> torch.Tensor:
-    """Draw t_s ~ U{0 ... boundary−1} and t_b ~ U{boundary ... maximum−1} for each picture.
+    """Sample t_s ~ U{0 ... boundary−1} and t_b ~ U{boundary ... maximum−1} for each picture.
 
     Args:
         batch_size: B.
-        generator: source of the draws (CPU).
+        generator: source of the random numbers (CPU).
         boundary: first timestep of the large scale; 300 in the paper.
         maximum: end of the large scale; 1000 in the paper. Above about 700 an ε-network's one-step prediction
             mostly saturates, so a lower cap is worth trying.
@@ -148,7 +148,7 @@ def training_losses(
     normal = (labels == 0).float() if originals is None else torch.ones_like(labels)
     if normal_count is None:
         normal_count = normal.sum()
-    # A mean number may be below 1; without any normal picture the sum is 0 whatever it is divided by.
+    # A mean number may be below 1; without any normal picture the sum is 0, and divided by 1.
     noise_loss = ((small + large) * normal).sum() / torch.where(normal_count > 0, normal_count, 1.0)
 
     step = scheduler.step(model_output, both_timesteps, noised, guidance_scale)

@@ -22,9 +22,11 @@ class TrainedNetworks(nn.Module):
         segmentation: the segmentation network.
 
     Example:
-        >>> from diffusionad_pipe.training.losses import training_losses
-        >>> networks = TrainedNetworks(unet, segmentation)  # doctest: +SKIP
-        >>> losses = networks(training_losses, scheduler, images, masks, labels, noise, timesteps)  # doctest: +SKIP
+        >>> from diffusionad_pipe import DiffusionADUNet2DModel, SegmentationUNet2DModel
+        >>> unet = DiffusionADUNet2DModel(sample_size=32, block_out_channels=(32, 32), attention=(False, False))
+        >>> networks = TrainedNetworks(unet, SegmentationUNet2DModel(base_channels=4))
+        >>> sorted({name.partition(".")[0] for name in networks.state_dict()})
+        ['segmentation', 'unet']
     """
 
     def __init__(self, unet: DiffusionADUNet2DModel, segmentation: SegmentationUNet2DModel) -> None:

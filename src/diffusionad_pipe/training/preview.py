@@ -95,7 +95,7 @@ def _with_captions(grid: torch.Tensor) -> Image.Image:
     left = round(max(font.getlength(row) for row in ROWS)) + 2 * gap
     sheet = Image.new("RGB", (left + image.width, image.height), (255, 255, 255))
     sheet.paste(image, (left, 0))
-    draw = ImageDraw.Draw(sheet)
+    canvas = ImageDraw.Draw(sheet)
     for index, row in enumerate(ROWS):
-        draw.text((left - gap, (index + 0.5) * side), row, PANEL_INK, font, anchor="rm")
+        canvas.text((left - gap, (index + 0.5) * side), row, PANEL_INK, font, anchor="rm")
     return sheet

@@ -65,7 +65,7 @@ def as_text(described: dict[str, Any]) -> str:
 def changed_images(folder: Path, now: dict[str, Any]) -> list[str]:
     """What differs from what a run was trained on; nothing where that is not known.
 
-    A picture is known by its content: renamed ones are the same as long as their order is, on which all draws depend.
+    A picture is known by its content: renamed ones are the same as long as their order is, on which all samples depend.
 
     Args:
         folder: the run's, with its file `STORED`.

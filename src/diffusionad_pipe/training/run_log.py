@@ -24,8 +24,18 @@ class RunLog:
         folder: of the run.
 
     Example:
-        >>> log = RunLog(config, accelerator, folder)  # doctest: +SKIP
-        >>> log.write(10, {"noise_loss": 0.1, "mask_loss": 0.2})  # doctest: +SKIP
+        ```python
+        from accelerate import Accelerator
+
+        from diffusionad_pipe.files.output_folder import OutputFolder
+        from diffusionad_pipe.training.config import TrainingConfig
+        from diffusionad_pipe.training.run_log import RunLog
+
+        with OutputFolder("runs/mine", "train") as folder:
+            log = RunLog(TrainingConfig(output_dir="runs/mine"), Accelerator(), folder)
+            log.write(10, {"noise_loss": 0.1, "mask_loss": 0.2})
+            log.end()
+        ```
     """
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator, folder: OutputFolder) -> None:
