@@ -93,15 +93,13 @@ def keep_writable() -> None:
     """From now on this process can print anything, whatever its standard output and standard error are: closed, a pipe
     without a reader, a full disk, of an encoding without the letters of a name. The results are in files."""
     for number, name in ((1, "stdout"), (2, "stderr")):
-        stream = getattr(sys, name)
-        if stream is not getattr(sys, f"__{name}__"):  # somebody's own
-            continue
-        if stream is None:  # closed from the start: the next file that is opened would get its number
+        stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
+        if original is None:  # closed from the start: the next file that is opened would get its number
             try:
                 os.fstat(number)
             except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        elif isinstance(raw := getattr(stream.buffer, "raw", stream.buffer), io.RawIOBase):
+        elif stream is original and isinstance(raw := getattr(stream.buffer, "raw", stream.buffer), io.RawIOBase):
             with suppress(OSError):
                 stream.flush()
             kept = {option: getattr(stream, option) for option in ("encoding", "line_buffering", "write_through")}
