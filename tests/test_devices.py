@@ -10,7 +10,7 @@ from diffusionad_pipe import DiffusionADPipeline, NormGuidedOneStepScheduler
 from diffusionad_pipe.cli import app
 from diffusionad_pipe.runtime.acceleration import find_device
 from diffusionad_pipe.training.losses import distillation_losses, training_losses
-from diffusionad_pipe.training.networks import AveragedWeights, TrainedNetworks
+from diffusionad_pipe.training.networks import TrainedNetworks
 
 SHAPE = (2, 3, 32, 32)
 
@@ -50,16 +50,6 @@ def test_training_happens_where_the_networks_are(elsewhere: DiffusionADPipeline)
     ):
         losses.loss.backward()
     assert all(parameter.grad is not None for parameter in networks.parameters())
-
-
-def test_averaged_weights_return_from_a_checkpoint_to_their_device() -> None:
-    """A checkpoint is read on the CPU."""
-    stored = AveragedWeights([torch.nn.Parameter(torch.ones(3))], foreach=True).state_dict()
-    parameter = torch.nn.Parameter(torch.empty(3, device="meta"))
-    average = AveragedWeights([parameter], foreach=True)
-    average.load_state_dict(stored)
-    average.step([parameter])
-    assert average.whole()[0].device.type == "meta"
 
 
 @pytest.mark.parametrize("name", ["", "meta", "tpu9", "cuda:99", "cpu:cpu", "xla", "\n"])

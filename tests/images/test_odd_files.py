@@ -20,6 +20,7 @@ from diffusionad_pipe.evaluation.evaluate import evaluate
 from diffusionad_pipe.export.detector import to_rgb_uint8
 from diffusionad_pipe.images.files import OR_RAISE_MAX_PIXELS, ImageFileError, shown
 from diffusionad_pipe.images.sources import from_file
+from diffusionad_pipe.training.config import TrainingConfig
 from diffusionad_pipe.training.images import read_good_images
 from diffusionad_pipe.training.preview import preview_synthesis
 from tests.helpers.odd_files import OddFile, write_odd_files
@@ -106,7 +107,8 @@ def test_training_and_its_preview_leave_out_the_same(odd: OddFolder, caplog: pyt
     messages = [record.getMessage().removeprefix("left out: ") for record in caplog.records]
     assert sentences_of(iter(messages), odd) == odd.sentences
     caplog.clear()
-    preview_synthesis(str(odd.folder), resolution=16, max_unreadable=1, foreground="none", count=1, draws=1)
+    config = TrainingConfig(train_data_dir=str(odd.folder), resolution=16, max_unreadable=1, foreground="none")
+    preview_synthesis(config, count=1, sample_count=1)
     messages = [record.getMessage().removeprefix("left out: ") for record in caplog.records]
     assert sentences_of(iter(messages), odd) == odd.sentences
 
