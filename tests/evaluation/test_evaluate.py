@@ -30,22 +30,9 @@ from diffusionad_pipe.files.output_error import OutputError
 from diffusionad_pipe.files.output_folder import OutputFolder
 from diffusionad_pipe.metrics.exact import evaluate_maps, mean_metrics
 from tests.helpers.script_processes import run_ranks, run_script
-from tests.helpers.small_data import write_small_data
 
 SCRIPT = Path(__file__).parents[2] / "training" / "evaluate.py"
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_small_data(tmp_path / "data" / "part")
-
-
-@pytest.fixture
-def model(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> Path:
-    tiny_pipeline.register_to_config(image_threshold=0.5, pixel_threshold=0.5)
-    tiny_pipeline.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def stored(output: Path, image: Path, category: str = "part") -> Prediction:

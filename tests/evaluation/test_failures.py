@@ -20,19 +20,6 @@ from diffusionad_pipe.evaluation.settings import EvaluationSettings
 from diffusionad_pipe.files.names import safe_name
 from diffusionad_pipe.files.output_folder import OutputFolder
 from diffusionad_pipe.files.record import sha256_of
-from tests.helpers.small_data import write_small_data
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_small_data(tmp_path / "data" / "part")
-
-
-@pytest.fixture
-def model(tiny_pipeline: DiffusionADPipeline, tmp_path: Path) -> Path:
-    tiny_pipeline.register_to_config(image_threshold=0.5, pixel_threshold=0.5)
-    tiny_pipeline.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def run(*arguments: object) -> Result:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -13,14 +12,8 @@ from diffusionad_pipe import DiffusionADPipeline, open_image
 from diffusionad_pipe.cli import app
 from diffusionad_pipe.evaluation.kept_predictions import StoredPredictions
 from diffusionad_pipe.files.output_folder import OutputFolder
-from tests.helpers.small_data import write_small_data
 
 TILES = ("--tile-size", 32, "--tile-overlap", 0.5)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_small_data(tmp_path / "data" / "part")
 
 
 def run(*arguments: object) -> Result:
