@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -26,6 +27,7 @@ def in_tiles(model: Path) -> DiffusionADPipeline:
     return pipe
 
 
+@pytest.mark.slow
 def test_evaluate_measures_the_maps_of_tiles(saved: Path, data: Path, tmp_path: Path) -> None:
     strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2000, 40, 3), dtype=np.uint8))
     strip.save(data / "test" / "good" / "strip.png")  # refused as a whole
@@ -71,6 +73,7 @@ def test_options_of_tiles_that_do_not_go_together(saved: Path, data: Path, tmp_p
     assert result.exit_code == 2 and "the reference protocol resizes whole pictures" in result.output
 
 
+@pytest.mark.slow
 def test_calibrate_in_tiles(saved: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     (saved / "README.md").write_text("---\nmodel_name: tiny\n---\n# tiny\n\n## Thresholds\n\nnone\n\n## More\n")

@@ -18,6 +18,8 @@ from tests.helpers.tiny_pipeline import build_tiny_pipeline
 for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install diffusionad_pipe[export]")
 
+pytestmark = pytest.mark.slow  # a minute, most of it torch.onnx
+
 RANDOM = np.random.default_rng(0)
 # As large as a tile, smaller, four tiles, eight, a strip that is refused as a whole.
 SIZES = [(32, 32), (20, 30), (40, 48), (50, 100), (1100, 33)]
