@@ -27,7 +27,10 @@ from tests.helpers.tiny_pipeline import build_tiny_pipeline, randomize  # noqa: 
 pytest_plugins = ["tests.helpers.run_guard"]
 
 # Two workers take file after file: begun last, one of these would keep a single worker busy at the end.
-LONG_FILES = ["test_wheel", "test_train", "test_space", "test_space_browser", "test_export", "test_readme"]
+LONG_FILES = [
+    "test_wheel", "test_train", "test_run_folder", "test_space", "test_space_browser", "test_export",
+    "test_distillation", "test_readme",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = [file for file in sorted((ROOT / "benchmarks").glob("*.py")) if file.stem != "measure"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", BENCHMARKS, ids=lambda script: script.stem)
 def test_a_benchmark_starts(script: Path) -> None:
     done = run_script([script, "--help"])
